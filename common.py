@@ -1,0 +1,1175 @@
+"""What the method scripts of Plainview share, in four rooms.
+
+1. Data      `load_data`, `Crop`, `Batches` and the pixel operations that a method's augmentation is made of
+2. ResNets   `resnet`
+3. LARS      `LARS`, `larc_`
+4. Books     `Run` (resuming, checkpoints, log, pictures), `features`, `knn_accuracy`, flags and process start
+
+Images are (N, 3, H, W): uint8 as loaded, float32 in 0..1 once cropped.
+"""
+import argparse, contextlib, functools, json, math, os, re, signal, sys, time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+class UserError(ValueError):
+    """A mistake of the user's: `launch` prints its one line and exits with status 2."""
+
+
+# ---------------------------------------------------------------- 1. data: the embedded set
+# Geometry is float64 with + - * / and sqrt alone, which every CPU rounds alike: labels and boxes are the same everywhere.
+
+SHAPES = "disc square triangle star plus ring crescent heart bar bowtie".split()
+
+
+def _silhouette(k, u, v):
+    """Which points of the plane class k covers; v points down, everything fits into the unit disc or so."""
+    r2, au, av = u * u + v * v, abs(u), abs(v)
+    if k == 0: return r2 < 0.64
+    if k == 1: return np.maximum(au, av) < 0.7
+    if k == 2: return np.maximum(v, au * 0.8660254037844386 - v * 0.5) < 0.46
+    if k == 3:
+        r = np.sqrt(r2)
+        c = v / np.maximum(r, 1e-9)
+        return r < 0.6 - 0.33 * (((16 * c * c - 20) * c * c + 5) * c)        # cos of five times the angle
+    if k == 4: return (np.minimum(au, av) < 0.25) & (np.maximum(au, av) < 0.9)
+    if k == 5: return (r2 > 0.25) & (r2 < 0.8464)
+    if k == 6: return (r2 < 0.8464) & ((u - 0.45) * (u - 0.45) + v * v > 0.5184)
+    if k == 7:
+        a = 1.3 * r2 - 0.6
+        return a * a * a + 2.2 * u * u * v * v * v < 0
+    if k == 8: return (au < 0.95) & (av < 0.28)
+    return (au > av) & (au < 0.85)
+
+
+def _texture(k, u, v):
+    """The pattern that class k carries inside its silhouette, in -1..1."""
+    if k == 0: return np.ones_like(u)
+    if k == 1: return np.sin(16 * v)
+    if k == 2: return np.sin(16 * u)
+    if k == 3: return np.sin(8 * (u + v))
+    if k == 4: return (1.6 * np.sin(9 * u) * np.sin(9 * v)).clip(-1, 1)
+    if k == 5: return np.sin(17 * np.sqrt(u * u + v * v))
+    if k == 6: return np.sin(8 * np.arctan2(v, u))
+    if k == 7: return (np.cos(11 * u) + np.cos(11 * v)).clip(-1, 1)
+    if k == 8: return np.sin(7 * u)
+    return np.maximum(np.cos(12 * u), np.cos(12 * v))
+
+
+def draw_shapes(count, seed, size=32, cells=1):
+    """Draw `count` images of textured silhouettes; `cells=1` gives one object each, `cells=c` a scene of 1 to c*c objects.
+
+    A class is a silhouette with its own texture. What varies besides is what augmentation erases (one tint an image, polarity,
+    contrast, brightness, place, size, tilt, shading, pixel noise), so that agreeing on two views leaves only the class to learn.
+    Returns images (count, 3, size, size) uint8, labels (count, cells*cells) int64 with -1 for no object, and boxes
+    (count, cells*cells, 4) int64 as x0, y0, x1, y1 in pixels, ends excluded. `size` must be a multiple of `cells`.
+    The same on every machine: labels and boxes exactly, pixels within 1 (of 255).
+    """
+    if size % cells:
+        raise ValueError(f"size {size} is not a multiple of cells {cells}")
+    places, s = cells * cells, size // cells                   # each object lives in its own cell of s x s pixels
+    n = count * places
+    g = np.random.default_rng([seed, 0])
+    labels = g.permutation(np.arange(n) % len(SHAPES))
+    u = g.random((7, n))
+    half = 0.5 + 0.45 * u[0]
+    x, y = (2 * u[1] - 1) * (1 - half), (2 * u[2] - 1) * (1 - half)
+    t = 0.1 * (2 * u[3] - 1)                                    # tan of half the tilt: sine and cosine without sin and cos
+    cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    present = (u[4] < 0.6) | (np.arange(n) % places == (u[5].reshape(count, places)[:, :1] * places).astype(int).repeat(places, 1).ravel())
+    pixel = (np.arange(2 * s) + 0.5) / s - 1                    # twice the resolution, averaged below
+    mask, pattern = np.zeros((2, n, s, s), np.float32)
+    average = lambda a: a.reshape(-1, s, 2, s, 2).mean((2, 4), dtype=np.float32)
+    for k in range(len(SHAPES)):
+        for i in np.array_split(np.flatnonzero((labels == k) & present), max(1, n // 5000)):
+            du, dv = (pixel[None, None, :] - x[i, None, None]) / half[i, None, None], (pixel[None, :, None] - y[i, None, None]) / half[i, None, None]
+            a, b = cos[i, None, None], sin[i, None, None]
+            pu, pv = a * du + b * dv, a * dv - b * du
+            inside = _silhouette(k, pu, pv)
+            mask[i], pattern[i] = average(inside), average(inside * (0.5 + 0.5 * _texture(k, pu, pv)))
+    hit = mask > 0.4
+    columns, rows = hit.any(1), hit.any(2)
+    box = np.stack([columns.argmax(1), rows.argmax(1), s - columns[:, ::-1].argmax(1), s - rows[:, ::-1].argmax(1)], 1)
+    corner = np.stack([np.arange(places) % cells, np.arange(places) // cells] * 2, 1) * s
+    boxes = np.where(present[:, None], box + np.tile(corner, (count, 1)), 0).reshape(count, places, 4)
+
+    light = pattern.reshape(count, cells, cells, s, s).transpose(0, 1, 3, 2, 4).reshape(count, size, size)
+    g = np.random.default_rng([seed, 1])
+    u = g.random((6, count, 1, 1), np.float32)
+    light = np.where(u[0] < 0.5, 1 - light, light)
+    shading = g.random((count, 2, 2), np.float32).repeat(size // 2, 1).repeat(size // 2, 2) * 2 - 1
+    light = 0.1 + 0.8 * light * (0.4 + 0.6 * u[1]) + 0.15 * shading
+    tint = 1 - 0.95 * u[2:5]
+    tint = (tint / tint.max(0)).swapaxes(0, 1)                 # (count, 3, 1, 1): a random hue and saturation, the brightest channel 1
+    images = np.empty((count, 3, size, size), np.uint8)
+    for i in np.array_split(np.arange(count), max(1, count // 500)):
+        noise = g.random((2, len(i), 3, size, size), np.float32)
+        images[i] = ((light[i, None] * tint[i] + 0.1 * (noise[0] - noise[1])).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return images, np.where(present, labels, -1).reshape(count, places), boxes
+
+
+# ---------------------------------------------------------------- 1. data: sets
+
+class Images:
+    """A data set in memory: `images` (n, 3, H, W) uint8 and `labels` (n,) int64 on the training device (labels None: unknown)."""
+
+    in_workers = False
+
+    def __init__(self, images, labels, device):
+        self.images = torch.as_tensor(images).to(device)
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def crop(self, indices, crops, *key):
+        """Crops of the images at `indices` (n,): a list of (n, 3, size, size) float32 in 0..1, drawn from `key` and this process."""
+        seed_all(*key, rank())
+        images = self.images[indices.to(self.images.device)]
+        views = [crop_and_resize(images, crop) for crop in crops for _ in range(crop.count)]
+        return views, indices, []
+
+
+class Folder:
+    """A data set of image files, decoded and cropped in worker processes. `labels` as above."""
+
+    in_workers = True
+    SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+    def __init__(self, paths, labels):
+        self.paths = np.array(paths)
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def crop(self, indices, crops, *key):
+        """As `Images.crop`, but uint8, and drawn from `key` and each image alone. An image that cannot be read is replaced by the next
+        one that can: returns the crops, the indices really used, and the indices of the broken files."""
+        views, used, broken = [], [], []
+        for i in indices.tolist():
+            while (image := self.read(i)) is None:
+                broken.append(i)
+                if len(broken) > max(10, len(indices)):
+                    break                                       # nothing but broken files: `Run` stops at 1 %
+                i = (i + 1) % len(self)
+            if image is None:
+                image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+            seed_all(*key, i)
+            views.append([crop_one(image, crop) for crop in crops for _ in range(crop.count)])
+            used.append(i)
+        return [torch.stack(v) for v in zip(*views)], torch.tensor(used), broken
+
+    def read(self, i):
+        """Image i as (3, H, W) uint8 RGB, or None: torchvision's decoder, or Pillow for what that does not read."""
+        from torchvision.io import ImageReadMode, decode_image, read_file
+        path = str(self.paths[i])
+        try:
+            image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
+            if image.dtype == torch.uint8 and image.ndim == 3:
+                return image
+        except RuntimeError:
+            pass
+        try:
+            from PIL import Image, ImageOps
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):               # 16-bit grey, which Pillow would clip to white
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        except Exception:                                       # a broken file can make a decoder fail in any way
+            return None
+
+
+TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py", "data_batch_1 ... data_batch_5, test_batch and batches.meta"),
+               "cifar100": ("CIFAR100", "cifar-100-python", "train, test and meta"),
+               "stl10": ("STL10", "stl10_binary", "unlabeled_X.bin, train_X.bin, train_y.bin, test_X.bin and test_y.bin")}
+DATA = ["shapes", *TORCHVISION]
+
+
+@functools.lru_cache(maxsize=8)
+def load_data(name, root="data", split="train", device="cpu"):
+    """The data set `name`, one of `DATA` or a directory; an `Images` or a `Folder`.
+
+    `split` is "train" and "val" (labelled) or "pretrain": all that may be learned from without labels, which is "train" for most, the
+    unlabelled images for stl10, and every image below the directory where that has no class folders. A directory holds
+    train/<class>/* and val/<class>/*. torchvision's sets lie in `root` and are downloaded into it if they are not there.
+    Raises UserError when the data is not there or the directory has no labels for "train" and "val".
+    """
+    if name == "shapes":
+        images, labels, _ = draw_shapes(2000, seed=2) if split == "val" else draw_shapes(5000, seed=1)
+        return Images(images, labels[:, 0], device)
+    if name in TORCHVISION:
+        return Images(*_torchvision(name, root, split), device)
+    return _folder(name, split)
+
+
+def _torchvision(name, root, split):
+    import torchvision
+    kind, folder, files = TORCHVISION[name]
+    if name == "stl10":
+        options = dict(split={"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split])
+    else:
+        options = dict(train=split != "val")
+    make = lambda download: getattr(torchvision.datasets, kind)(root, download=download, **options)
+    try:
+        data = make(False)
+    except (RuntimeError, OSError):
+        try:
+            if rank() == 0:
+                with contextlib.redirect_stdout(sys.stderr):
+                    make(True)
+            if dist.is_initialized():
+                dist.barrier()
+            data = make(False)
+        except (RuntimeError, OSError) as e:
+            raise UserError(f"--data {name}: not found and could not be downloaded ({_first_line(e)}); "
+                            f"looked in {Path(root) / folder} for {files}") from None
+    images = data.data if name == "stl10" else data.data.transpose(0, 3, 1, 2)
+    return images, data.labels if name == "stl10" else data.targets
+
+
+def _folder(directory, split):
+    top = Path(directory)
+    if not top.is_dir():
+        raise UserError(f"--data {directory}: no such directory, and not one of {', '.join(DATA)}")
+    part = top / ("val" if split == "val" else "train")
+    classes = sorted(d.name for d in part.iterdir() if d.is_dir()) if part.is_dir() else []
+    if classes:
+        found = [(p, label) for label, name in enumerate(classes) for p in _image_files(part / name)]
+    elif split == "pretrain":
+        found = [(p, None) for p in _image_files(part if part.is_dir() else top)]
+    else:
+        raise UserError(f"--data {directory}: no labels; expected images in {part}{os.sep}<class>{os.sep}")
+    if not found:
+        raise UserError(f"--data {directory}: no images ({', '.join(sorted(Folder.SUFFIXES))}) in {part if classes else top}")
+    paths, labels = zip(*found)
+    return Folder(paths, labels if classes else None)
+
+
+def _image_files(top):
+    return sorted(os.path.join(folder, f) for folder, _, files in os.walk(top, followlinks=True) for f in files
+                  if os.path.splitext(f)[1].lower() in Folder.SUFFIXES)
+
+
+def has_labels(name):
+    """Whether the data set can be asked for "train" and "val": all but a directory without class folders."""
+    return name in DATA or all((Path(name) / part).is_dir() and any(d.is_dir() for d in (Path(name) / part).iterdir()) for part in ("train", "val"))
+
+
+# ---------------------------------------------------------------- 1. data: batches
+
+def seed_all(*key):
+    """Seed torch from whole numbers >= 0: what is drawn next depends on them and on nothing that was drawn before."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+class Batches(torch.utils.data.Dataset):
+    """The batches of a run: `batches[step]` is a pure function of (seed, step, process), so a run can go on anywhere.
+
+    Every epoch goes through a new permutation in whole batches of `batch_size` images over all processes, of which this process
+    gets its slice; the last few images that do not fill a batch wait for the next epoch's permutation. `len(batches)` is the
+    number of steps in an epoch. An item is (list of crops (N, 3, size, size), indices (N,), list of broken images' indices).
+    Raises UserError when the batch does not divide by the processes or is larger than the data set.
+    """
+
+    def __init__(self, data, crops, batch_size, seed):
+        if batch_size % world_size():
+            raise UserError(f"--batch-size {batch_size}: does not divide by the {world_size()} processes")
+        if batch_size > len(data):
+            raise UserError(f"--batch-size {batch_size}: larger than the data set of {len(data)} images")
+        self.data, self.crops, self.batch_size, self.seed = data, crops, batch_size, seed
+        self.order = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(data)))
+
+    def __len__(self):
+        return len(self.data) // self.batch_size
+
+    def indices(self, step):
+        """(N,) which images this process has in `step`."""
+        epoch, i = divmod(step, len(self))
+        share = self.batch_size // world_size()
+        first = i * self.batch_size + rank() * share
+        return torch.from_numpy(self.order(epoch)[first:first + share])
+
+    def __getitem__(self, step):
+        return self.data.crop(self.indices(step), self.crops, self.seed, step)
+
+
+class InOrder(torch.utils.data.Dataset):
+    """This process's images, every `world_size()`-th, in order and by pieces: what evaluation goes through."""
+
+    def __init__(self, data, crops, piece=256):
+        self.data, self.crops = data, crops
+        self.pieces = torch.arange(rank(), len(data), world_size()).split(piece)
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
+        return self.data.crop(self.pieces[i], self.crops, 0)
+
+
+def stream(batches, steps, workers, device):
+    """Yield `batches[step]` for `step` in `steps` with the crops as float32 in 0..1 on `device`. Files are read in `workers` processes."""
+    apart = batches.data.in_workers and workers > 0
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers if apart else 0,
+                                         pin_memory=apart and device.type == "cuda", worker_init_fn=_start_worker if apart else None)
+    for views, indices, broken in loader:
+        views = [v.to(device, non_blocking=True) for v in views]
+        yield [v.float() / 255 if v.dtype == torch.uint8 else v for v in views], indices, broken
+
+
+def _start_worker(_):
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):   # the training process decides when to stop
+        signal.signal(s, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------- 1. data: crops
+
+class Crop(NamedTuple):
+    """`count` random crops an image, resized to `size` x `size`: area a share of the image uniform in `scale`, aspect ratio log-uniform in
+    `ratio`, ten tries and then the largest central crop, as torchvision's RandomResizedCrop draws them."""
+    count: int
+    size: int
+    scale: tuple = (0.08, 1.0)
+    ratio: tuple = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
+
+    def boxes(self, n, height, width):
+        """n boxes (n, 4) as top, left, height, width: float32 that hold whole numbers."""
+        area = height * width * torch.empty(n, 10).uniform_(*self.scale)
+        ratio = torch.empty(n, 10).uniform_(math.log(self.ratio[0]), math.log(self.ratio[1])).exp()
+        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        first = fits.int().argmax(1, keepdim=True)
+        w, h, fits = (a.gather(1, first)[:, 0] for a in (w, h, fits))
+        u = torch.rand(2, n)
+        top, left = (u[0] * (height - h + 1)).floor(), (u[1] * (width - w + 1)).floor()
+        fallback_w, fallback_h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
+        centre = torch.tensor([(height - fallback_h) // 2, (width - fallback_w) // 2, fallback_h, fallback_w], dtype=torch.float32)
+        return torch.where(fits[:, None], torch.stack([top, left, h, w], 1), centre)
+
+
+class CenterCrop(NamedTuple):
+    """The test crop: the central square of `fraction` of the shorter side, resized to `size` x `size` (for 0.875 and 224: to 256 and the
+    central 224, in one go). Images of up to 32 pixels are not cropped [SimCLR, data_util.py]."""
+    size: int
+    fraction: float = 0.875
+    interpolation: str = "bilinear"
+    count: int = 1
+
+    def boxes(self, n, height, width):
+        side = round(min(height, width) * (1 if self.size <= 32 else self.fraction))
+        return torch.tensor([[(height - side) // 2, (width - side) // 2, side, side]], dtype=torch.float32).expand(n, 4)
+
+
+def resize_weights(start, length, source, size, interpolation="bilinear"):
+    """(n, size, source) weights that resample the `length` pixels from `start` (both (n,)) of `source` to `size`, antialiased.
+
+    Pillow's filters: a triangle, or Keys' cubic with a = -1/2, as wide as one source pixel or one target pixel, whichever is more.
+    """
+    step = (length / size)[:, None]
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step
+    pixel = torch.arange(source, device=start.device)
+    d = ((pixel + 0.5 - centre[..., None]) / step.clamp(min=1)[..., None]).abs()
+    if interpolation == "bilinear":
+        weights = (1 - d).clamp_(min=0)
+    else:
+        weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (d < 2)
+    weights *= ((pixel >= start[:, None]) & (pixel < (start + length)[:, None]))[:, None]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resample(x, rows, columns):
+    """rows @ x @ columns^T for every channel: (N, 3, H, W), (N, h, H), (N, w, W) -> (N, 3, h, w). Crop, resize and blur are all of this form."""
+    return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
+
+
+def crop_and_resize(images, crop):
+    """One `crop` of each image, (N, 3, H, W) uint8 or float -> (N, 3, size, size) float32 in 0..1, every image with its own box."""
+    n, _, height, width = images.shape
+    boxes = crop.boxes(n, height, width).to(images.device, non_blocking=True)
+
+    def piece(x, box):
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        if isinstance(crop, CenterCrop) and (height, width) == (crop.size, crop.size) and crop.size <= 32:
+            return x
+        rows = resize_weights(box[:, 0], box[:, 2], height, crop.size, crop.interpolation)
+        columns = resize_weights(box[:, 1], box[:, 3], width, crop.size, crop.interpolation)
+        return resample(x, rows, columns).clamp_(0, 1)
+
+    return _by_pieces(piece, images, boxes)
+
+
+def crop_one(image, crop):
+    """One `crop` of a single image, (3, H, W) uint8 -> (3, size, size) uint8, with torchvision's antialiased resize: what a worker does."""
+    from torchvision.transforms.v2 import functional as TF
+    top, left, height, width = (int(v) for v in crop.boxes(1, *image.shape[1:])[0])
+    mode = TF.InterpolationMode.BILINEAR if crop.interpolation == "bilinear" else TF.InterpolationMode.BICUBIC
+    return TF.resized_crop(image, top, left, height, width, [crop.size, crop.size], mode, antialias=True)
+
+
+# ---------------------------------------------------------------- 1. data: pixel operations
+# (N, 3, H, W) float32 in 0..1 -> the same, on the batch's device. Every image draws for itself, with probability `p` of being changed at all.
+# Decisions are drawn on the CPU, so that a GPU trains on the same views. None of them changes its input.
+
+def _by_pieces(function, x, *others):
+    """On a CPU apply `function` to pieces of the batch that stay in its cache (several times faster), on a GPU to all of it."""
+    if x.device.type != "cpu":
+        return function(x, *others)
+    piece = max(1, 64 * 32 * 32 // (x.shape[2] * x.shape[3]))
+    return torch.cat([function(*p) for p in zip(*(a.split(piece) for a in (x, *others)))])
+
+
+def by_pieces(augment):
+    """Decorator for a method's augmentation `augment(x, ...)`: runs it on pieces of the batch that fit into a CPU's cache."""
+    return functools.wraps(augment)(lambda x, *args, **kwargs: _by_pieces(lambda piece: augment(piece, *args, **kwargs), x))
+
+
+def _draw(x, low, high):
+    """(N, 1, 1, 1) uniform numbers in low..high, on x's device."""
+    return torch.empty(len(x), 1, 1, 1).uniform_(low, high).to(x.device, non_blocking=True)
+
+
+def _choose(x, p):
+    """(N, 1, 1, 1) booleans, True with probability p."""
+    return _draw(x, 0, 1) < p
+
+
+def flip(x, p=0.5):
+    """Mirror left and right."""
+    return torch.where(_choose(x, p), x.flip(3), x)
+
+
+def to_gray(x):
+    """(N, 3, H, W) -> (N, 1, H, W), the luma of ITU-R 601 that torchvision and Pillow use."""
+    return (0.2989 * x[:, :1] + 0.587 * x[:, 1:2]).add_(x[:, 2:], alpha=0.114)
+
+
+def grayscale(x, p=0.2):
+    """Replace the colours by their luma."""
+    return torch.where(_choose(x, p), to_gray(x), x)
+
+
+def _blend(a, x, factor):
+    return (x - a).mul_(factor).add_(a).clamp_(0, 1)
+
+
+def adjust_brightness(x, factor):
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x, factor):
+    return _blend(to_gray(x).mean((1, 2, 3), keepdim=True), x, factor)
+
+
+def adjust_saturation(x, factor):
+    return _blend(to_gray(x), x, factor)
+
+
+def adjust_hue(x, shift):
+    """Turn the hue of HSV by `shift` of the whole circle. h is the hue in sixths of it; v and c are the value and the chroma."""
+    r, g, b = x.unbind(1)
+    v, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    c = v - least
+    s = c.clamp(min=1e-6)
+    h = torch.where(v == r, (g - b) / s, torch.where(v == g, (b - r) / s + 2, (r - g) / s + 4))
+    h += 6 * shift[:, 0]
+    h -= 6 * (h / 6).floor()
+    share = torch.stack([(h - 3).abs() - 1, 2 - (h - 2).abs(), 2 - (h - 4).abs()], 1).clamp_(0, 1)
+    return share.mul_(c[:, None]).add_(least[:, None])
+
+
+def color_jitter(x, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, chunk=64):
+    """torchvision's ColorJitter: factors uniform in max(0, 1 - b)..1 + b, hue shift in -hue..hue of the circle, clipped to 0..1 after each.
+
+    A pair (low, high) instead of a number is the range itself. The order of the four is drawn anew for every `chunk` images, not for each.
+    """
+    ranges = [v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for v in (brightness, contrast, saturation)]
+    ranges.append(hue if isinstance(hue, tuple) else (-hue, hue))
+    chosen = _choose(x, p)
+    steps = [(adjust, torch.where(chosen, _draw(x, *r), identity)) for adjust, r, identity in
+             zip((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue), ranges, (1.0, 1.0, 1.0, 0.0)) if r != (identity, identity)]
+    done = []
+    for i in range(0, len(x), chunk):
+        y = x[i:i + chunk]
+        for k in torch.randperm(len(steps)).tolist():
+            adjust, factor = steps[k]
+            y = adjust(y, factor[i:i + chunk])
+        done.append(y)
+    return torch.cat(done)
+
+
+def gaussian_blur(x, p=0.5, sigma=(0.1, 2.0), kernel_size=None):
+    """Gaussian blur, standard deviation uniform in `sigma` pixels, mirrored at the border; `kernel_size` (odd) taps, default all that matter."""
+    size = x.shape[2:]
+    radius = min(math.ceil(4 * sigma[1]) if kernel_size is None else kernel_size // 2, min(size) - 1)
+    chosen = (torch.rand(len(x)) < p).nonzero()[:, 0].to(x.device, non_blocking=True)
+    sd = torch.empty(len(chosen), 1, 1).uniform_(*sigma).to(x.device, non_blocking=True)
+    rows, columns = (_blur_weights(sd, n, radius) for n in size)
+    return x.index_copy(0, chosen, resample(x[chosen], rows, columns))
+
+
+def _blur_weights(sd, n, radius):
+    """(len(sd), n, n): row i holds the Gaussian around i, what falls outside folded back by reflection about the first and last pixel."""
+    i, j = torch.arange(n, device=sd.device)[:, None], torch.arange(n, device=sd.device)
+    g = lambda d, valid: torch.exp(-0.5 * (d / sd) ** 2) * ((d.abs() <= radius) & valid)
+    weights = g(j - i, j >= 0) + g(j + i, j > 0) + g(2 * (n - 1) - j - i, j < n - 1)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def solarize(x, p=0.2, threshold=0.5):
+    """Invert what is at least `threshold`."""
+    return torch.where(_choose(x, p) & (x >= threshold), 1 - x, x)
+
+
+def cutout(x, p=1.0, size=0.5, value=0.0):
+    """Fill a square of `size` of the shorter side, centred anywhere and clipped at the border, with `value`."""
+    height, width = x.shape[2:]
+    half = size * min(height, width) / 2
+    top, left = _draw(x, 0, height) - half, _draw(x, 0, width) - half
+    row, column = torch.arange(height, device=x.device)[:, None] + 0.5, torch.arange(width, device=x.device) + 0.5
+    inside = (row > top) & (row < top + 2 * half) & (column > left) & (column < left + 2 * half)
+    return torch.where(inside & _choose(x, p), value, x)
+
+
+def rotate(x, p=1.0):
+    """Turn counter-clockwise by 0, 90, 180 or 270 degrees, equally likely. Square images only."""
+    turns = torch.where(_choose(x, p), (_draw(x, 0, 4)).floor(), 0.0)
+    for k in (1, 2, 3):
+        x = torch.where(turns == k, x.rot90(k, (2, 3)), x)
+    return x
+
+
+def sobel(x, p=1.0):
+    """Strength of the luma's gradient (Sobel's 3x3 filters over 4, so that a full step gives 1), on all three channels."""
+    gray = F.pad(to_gray(x), (1, 1, 1, 1), mode="replicate")
+    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=x.device) / 4
+    gx, gy = F.conv2d(gray, torch.stack([kernel, kernel.T])[:, None]).split(1, 1)
+    return torch.where(_choose(x, p), (gx * gx + gy * gy).sqrt().clamp(0, 1), x)
+
+
+def noise(x, p=1.0, std=0.1):
+    """Add Gaussian noise and clip to 0..1."""
+    return torch.where(_choose(x, p), (x + std * torch.randn(x.shape).to(x.device)).clamp(0, 1), x)
+
+
+def normalize(x, mean, std):
+    """(x - mean) / std a channel; mean and std are triples."""
+    return (x - torch.tensor(mean, device=x.device)[:, None, None]) / torch.tensor(std, device=x.device)[:, None, None]
+
+
+# ---------------------------------------------------------------- 2. ResNets
+
+DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+NORMS = {"batch": nn.BatchNorm2d, "layer": lambda channels: nn.GroupNorm(1, channels)}
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, channels, width, stride, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = norm(width)
+        self.downsample = _shortcut(channels, width, stride, norm)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, channels, width, stride, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)      # the stride is here, as in torchvision, not in conv1
+        self.bn2 = norm(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = norm(4 * width)
+        self.downsample = _shortcut(channels, 4 * width, stride, norm)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+def _shortcut(channels, out, stride, norm):
+    if stride == 1 and channels == out:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), norm(out))
+
+
+class ResNet(nn.Module):
+    """He et al. 2015. Use `resnet` to build one. `.dim` is the width of the output; parameter names are torchvision's."""
+
+    def __init__(self, depth, multiplier, norm, stem):
+        super().__init__()
+        block, make_norm = Bottleneck if depth >= 50 else BasicBlock, NORMS[norm]
+        widths = [max(1, round(64 * multiplier * 2 ** i)) for i in range(4)]
+        channels = widths[0]
+        if stem == "small":
+            self.conv1, self.maxpool = nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.Identity()
+        else:
+            self.conv1, self.maxpool = nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
+        self.bn1 = make_norm(channels)
+        for i, (width, blocks) in enumerate(zip(widths, DEPTHS[depth])):
+            layer = []
+            for j in range(blocks):
+                layer.append(block(channels, width, 2 if i > 0 and j == 0 else 1, make_norm))
+                channels = width * block.expansion
+            setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
+        self.dim = channels
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def maps(self, x):
+        """(N, 3, H, W) -> (N, dim, h, w), the grid before pooling."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x):
+        """(N, 3, H, W) -> (N, dim)."""
+        return self.maps(x).mean((2, 3))
+
+
+def parse_arch(arch):
+    """"resnet50x2" -> (50, 2.0)"""
+    match = re.fullmatch(r"resnet(\d+)(?:x(\d*\.?\d+))?", arch)
+    if not match or int(match[1]) not in DEPTHS or float(match[2] or 1) <= 0:
+        raise ValueError(f"{arch!r} is not resnet{', resnet'.join(map(str, DEPTHS))}, or one of them with a width: resnet50x2, resnet18x0.25")
+    return int(match[1]), float(match[2] or 1)
+
+
+def resnet(arch, norm="batch", stem="imagenet", zero_init=False):
+    """Build a ResNet: `arch` is resnet10, 18, 34, 50, 101, 152 or 200, with a width multiplier or fraction: resnet50x2, resnet18x0.25.
+
+    `norm` "layer" normalises each image over (C, H, W) and shares no statistics; `stem` "small" is 3x3 without max-pooling, for 32-96
+    pixel images. `zero_init` starts every residual branch at zero (last norm's scale). The result has `.dim`, `.maps(x)` and `.config`,
+    the keyword arguments that build it again. Raises ValueError for anything else.
+    """
+    depth, multiplier = parse_arch(arch)
+    for name, value, known in (("norm", norm, NORMS), ("stem", stem, ("imagenet", "small"))):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+    model = ResNet(depth, multiplier, norm, stem)
+    model.config = dict(arch=arch, norm=norm, stem=stem)
+    if zero_init:
+        for block in model.modules():
+            if isinstance(block, (BasicBlock, Bottleneck)):
+                nn.init.zeros_((block.bn2 if isinstance(block, BasicBlock) else block.bn3).weight)
+    return model
+
+
+# ---------------------------------------------------------------- 3. LARS
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017), as SimCLR uses it.
+
+        trust = trust_coefficient * |w| / |g + weight_decay * w|,   1 where either norm is 0
+        v <- momentum * v + lr * trust * (g + weight_decay * w)
+        w <- w - v
+
+    Biases and norm scales, that is parameters of at most one dimension, get neither decay nor trust.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0, trust_coefficient=1e-3):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                update = w.grad
+                if w.ndim > 1:
+                    update = update + group["weight_decay"] * w
+                    w_norm, norm = w.norm(), update.norm()
+                    trust = torch.where((w_norm > 0) & (norm > 0), group["trust_coefficient"] * w_norm / norm, 1.0)
+                    update = trust * update
+                if "momentum_buffer" not in self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                v = self.state[w]["momentum_buffer"]
+                v.mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                w.sub_(v)
+        return loss
+
+
+@torch.no_grad()
+def larc_(parameters, trust_coefficient=1e-3, weight_decay=0.0, eps=1e-8):
+    """The LARS of apex, LARC without clipping, that SwAV and SimSiam's probe use: call it between `backward` and an SGD step without decay.
+
+        g <- trust_coefficient * |w| / (|g| + weight_decay * |w| + eps) * (g + weight_decay * w),   unchanged where either norm is 0
+    """
+    for w in parameters:
+        if w.grad is not None:
+            w_norm, g_norm = w.norm(), w.grad.norm()
+            trust = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
+            w.grad.copy_(torch.where((w_norm > 0) & (g_norm > 0), trust * (w.grad + weight_decay * w), w.grad))
+
+
+# ---------------------------------------------------------------- 4. the run's books: processes, flags, the end of a run
+
+def rank():
+    """This process's number, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(message):
+    """Print for a person, in one process only."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+_stop_signal = None                                             # the signal that asked this process to stop, if any
+
+
+def _on_signal(number, _):
+    global _stop_signal
+    if _stop_signal == number == signal.SIGINT:                 # Ctrl-C for the second time: at once
+        raise KeyboardInterrupt
+    _stop_signal = number
+
+
+def start():
+    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, or be the only one. Returns this process's device."""
+    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs here")
+    if cuda:
+        torch.cuda.set_device(local)
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+class Stopped(Exception):
+    """A signal ended the run, and all is saved."""
+
+
+def launch(main, args):
+    """Run `main(args, device)` in every process and exit: 0 when done or stopped by SIGTERM or SIGUSR1, 130 after Ctrl-C, 2 after a UserError."""
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, _on_signal)
+    status = 0
+    try:
+        main(args, start())
+        if dist.is_initialized():
+            dist.barrier()
+    except Stopped as e:
+        say(str(e))
+        status = 130 if _stop_signal == signal.SIGINT else 0
+    except UserError as e:
+        say(f"{Path(sys.argv[0]).name}: error: {e}")
+        status = 2
+    except KeyboardInterrupt:
+        say("stopped at once, nothing saved since the last checkpoint")
+        status = 130
+    if dist.is_initialized():
+        if status:                                              # others may be waiting for this process: do not wait for them
+            sys.stdout.flush()
+            os._exit(status)
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+def _number(kind, low, text, inclusive=False):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not (value >= low if inclusive else value > low) or math.isinf(value):
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {'of at least' if inclusive else 'above'} {low}")
+    return value
+
+
+positive = lambda text: _number(float, 0, text)
+not_negative = lambda text: _number(float, 0, text, inclusive=True)
+count = lambda text: _number(int, 1, text, inclusive=True)
+whole = lambda text: _number(int, 0, text, inclusive=True)
+
+
+def _arch(text):
+    try:
+        parse_arch(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+
+def _data(text):
+    if text not in DATA and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(DATA)} nor a directory")
+    return text
+
+
+class LineParser(argparse.ArgumentParser):
+    """argparse, with the error on one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n" if rank() == 0 else None)
+
+
+class Parser(LineParser):
+    """The flags that all method scripts share. A recipe, chosen by `--data` or `--recipe`, gives the defaults that `--help` shows."""
+
+    def __init__(self, doc, recipes, argv=None):
+        super().__init__(description=doc.strip().splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        self.argv = sys.argv[1:] if argv is None else argv
+        add = self.add_argument
+        add("--data", type=_data, default="shapes", metavar="NAME|DIR", help=f"{', '.join(DATA)}, or a directory of images")
+        add("--root", default="data", help="where the named data sets lie or are downloaded to")
+        add("--recipe", choices=list(recipes), help="the set of defaults; without it, by the data")
+        add("--arch", type=_arch, help="resnet10 ... resnet200 with a width: resnet50x2, resnet18x0.25")
+        add("--stem", choices=["imagenet", "small"], help="small: 3x3 and no max-pooling, for 32-96 pixels")
+        add("--size", type=count, help="side of the crops in pixels")
+        add("--epochs", type=count)
+        add("--batch-size", type=count, help="images in a batch over all processes")
+        add("--lr", type=positive, help="learning rate per 256 images")
+        add("--weight-decay", type=not_negative)
+        add("--warmup-epochs", type=not_negative)
+        add("--workers", type=whole, default=min(16, os.cpu_count() or 1), help="processes that read image files, for each training process")
+        add("--seed", type=whole, default=0)
+        add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32")
+        add("--compile", action="store_true", help="torch.compile the model")
+        add("--output", metavar="DIR", help="the run's folder; without it runs/<method>-<data>-<arch>")
+        add("--knn-every", type=whole, help="epochs between measurements of kNN accuracy, 0: only at the end")
+        add("--log-every", type=count, default=10, help="steps between lines of log.jsonl")
+        add("--save-every", type=count, default=100, help="steps between checkpoints")
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--data", default="shapes")
+        early.add_argument("--recipe")
+        early.error = self.error
+        known = early.parse_known_args(self.argv)[0]
+        name = known.recipe or ("shapes" if known.data == "shapes" else "small" if known.data in DATA else "imagenet")
+        self.recipe = dict(recipes.get(name, {}), recipe=name)
+
+    def parse(self):
+        self.set_defaults(**self.recipe)
+        return self.parse_args(self.argv)
+
+
+# ---------------------------------------------------------------- 4. the run's books: checkpoints
+
+CHECKPOINT_KEYS = ("method", "args", "epoch", "step", "encoder", "encoder_config", "input", "model", "optimizer")
+
+
+def read_checkpoint(path):
+    """A checkpoint of ours as a dict, on the CPU. Never runs code from the file. Raises UserError when it is not one, whole and readable."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as e:                                      # torch raises half a dozen kinds for a damaged or foreign file
+        raise UserError(f"{path}: not a readable checkpoint, or one that would have to run code, which is refused ({_first_line(e)})") from None
+    missing = [k for k in CHECKPOINT_KEYS if k not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of these scripts, it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+def write_atomically(path, write):
+    """Call `write(file)` on a new file beside `path`, then put it in its place: `path` is always whole, the old one or the new one."""
+    aside = f"{path}.new"
+    try:
+        with open(aside, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as e:                        # torch.save reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(aside)
+        raise UserError(f"{path}: could not be written ({_first_line(e)}); what was there before is as it was") from None
+
+
+def _first_line(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+class Run:
+    """The books of a training run. `for step, crops, indices in run:` gives the batches from where the run stands; the loop calls `log` in each step.
+
+    The folder `--output` gets checkpoint.pt, log.jsonl, curves.png and views.png. A checkpoint that is already there is gone on from, if it was made
+    with the same settings. Every `--save-every` steps, at the end and on SIGTERM, SIGUSR1 or Ctrl-C the checkpoint is replaced; a loss that is not
+    finite ends the run before that. `mean` and `std` are how the method normalises its images, for those who use the encoder later.
+    Raises UserError for a folder, file or loss that is no good, Stopped after a signal.
+    """
+
+    FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}     # settings that may change when a run goes on
+
+    def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+        self.method, self.args, self.model, self.optimizer, self.batches = method, args, model, optimizer, batches
+        self.input = dict(size=args.size, mean=list(mean), std=list(std))
+        self.device = next(model.parameters()).device
+        self.total = args.epochs * len(batches)
+        self.step, self.losses, self.broken, self.knn = 0, [], set(), None
+        self.folder = Path(args.output or f"runs/{method}-{Path(args.data).name}-{args.arch}")
+        self.checkpoint, self.log_file = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--output {self.folder}: {_first_line(e)}") from None
+        if self.checkpoint.exists():
+            self._resume()
+        if rank() == 0:
+            self._trim_log()
+
+    def _resume(self):
+        saved = read_checkpoint(self.checkpoint)
+        if saved["method"] != self.method:
+            raise UserError(f"{self.checkpoint}: made by {saved['method']}.py; give another --output")
+        now = vars(self.args)
+        differing = [f"--{k.replace('_', '-')} {saved['args'].get(k)} (now {now.get(k)})" for k in sorted(now.keys() | saved["args"].keys())
+                     if k not in self.FREE and now.get(k) != saved["args"].get(k)]
+        if differing:
+            raise UserError(f"{self.checkpoint}: made with other settings: {', '.join(differing)}; use the same or give another --output")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.losses, self.knn = saved["step"], saved["losses"], saved["knn"]
+        say(f"going on from step {self.step} of {self.total} in {self.checkpoint}")
+
+    def _save(self):
+        self._settle_losses()
+        if rank() == 0:
+            content = dict(method=self.method, args=vars(self.args), epoch=self.step // len(self.batches), step=self.step,
+                           encoder=self.model.encoder.state_dict(), encoder_config=self.model.encoder.config, input=self.input,
+                           model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), losses=self.losses, knn=self.knn)
+            write_atomically(self.checkpoint, lambda f: torch.save(content, f))
+
+    def _trim_log(self):
+        """Drop the lines that were written after the checkpoint, and a line that a kill cut in two."""
+        kept = []
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for line in self.log_file.read_text().splitlines():
+                if json.loads(line)["step"] > self.step:
+                    break
+                kept.append(line + "\n")
+        write_atomically(self.log_file, lambda f: f.write("".join(kept).encode()))
+
+    # ------------------------------------------------------------ the steps
+
+    def __iter__(self):
+        if self.step == self.total:
+            say("this run is finished")
+        ready = stream(self.batches, range(self.step, self.total), self.args.workers, self.device)
+        self._start_clock()
+        for step in range(self.step, self.total):
+            begin = time.perf_counter()
+            crops, indices, broken = next(ready)
+            self.waited += time.perf_counter() - begin
+            stop, self.indices = self._agree(broken), indices
+            seed_all(self.args.seed, step, rank(), 1)           # 1: another stream of numbers than the crops'
+            yield step, crops, indices
+            self.step = step + 1
+            self._after_step(stop)
+        if self.knn is not None:
+            say(f"{self.method} on {self.args.data}: kNN accuracy {self.knn:.1f} % after {self.args.epochs} epochs; {self.checkpoint}")
+
+    def log(self, loss, lr, z, views):
+        """Once in every step: the loss (scalar tensor), the rate, the projections (N, d), for z_std, and the list of views, for views.png."""
+        self.losses.append(loss.detach())
+        self.lr, self.z = lr, z.detach()
+        if rank() == 0 and not (self.folder / "views.png").exists():
+            self._draw_views(views)
+
+    def _after_step(self, stop):
+        last = self.step == self.total
+        epoch, within = divmod(self.step, len(self.batches))
+        every = self.args.knn_every
+        measure = has_labels(self.args.data) and (last or bool(every) and within == 0 and epoch % every == 0)
+        if last or measure or self.step % self.args.log_every == 0:
+            self._log_line(measure)
+        if last or stop or self.step % self.args.save_every == 0:
+            self._save()
+        if stop and not last:
+            name = signal.Signals(_stop_signal).name if _stop_signal else "a signal to another process"
+            raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same command goes on from {self.checkpoint}")
+
+    def _agree(self, broken):
+        """Share among the processes whether one was asked to stop, and which images could not be read. Returns whether to stop after this step."""
+        stop, new = _stop_signal is not None, [int(i) for i in broken if i not in self.broken]
+        if world_size() > 1:
+            flags = torch.tensor([stop, len(new) > 0], dtype=torch.int32)
+            dist.all_reduce(flags)
+            stop = bool(flags[0])
+            if flags[1]:
+                everyones = [None] * world_size()
+                dist.all_gather_object(everyones, new)
+                new = [i for others in everyones for i in others]
+        for i in dict.fromkeys(new):
+            self.broken.add(i)
+            say(f"cannot read {self.batches.data.paths[i]}; another image takes its place ({len(self.broken)} broken so far)")
+        if len(self.broken) > 0.01 * len(self.batches.data):
+            raise UserError(f"--data {self.args.data}: {len(self.broken)} of {len(self.batches.data)} images cannot be read, more than 1 %")
+        return stop
+
+    def _settle_losses(self):
+        """Turn the losses since the last log line into numbers, averaged over the processes; stop at the first that is not finite."""
+        fresh = [i for i, loss in enumerate(self.losses) if torch.is_tensor(loss)]
+        if fresh:
+            values = torch.stack([self.losses[i].float() for i in fresh])
+            if world_size() > 1:
+                dist.all_reduce(values)
+                values /= world_size()
+            for i, value in zip(fresh, values.tolist()):
+                self.losses[i] = value
+                if not math.isfinite(value):
+                    raise UserError(f"the loss is {value} in step {self.step - len(self.losses) + i + 1} at learning rate {self.lr:.3g}; try a lower --lr, "
+                                    f"a longer --warmup-epochs or --precision fp32. The last good checkpoint is in {self.folder}")
+
+    # ------------------------------------------------------------ log and pictures
+
+    def _start_clock(self):
+        self.clock, self.clock_step, self.waited = time.perf_counter(), self.step, 0.0
+
+    def _log_line(self, measure):
+        self._settle_losses()
+        seconds = max(1e-9, time.perf_counter() - self.clock)
+        rate = (self.step - self.clock_step) * self.args.batch_size / seconds
+        z_std = F.normalize(self.z.float(), dim=1).std(0).mean().item() * self.z.shape[1] ** 0.5
+        line = dict(epoch=self.step // len(self.batches), step=self.step, loss=sum(self.losses) / len(self.losses), lr=self.lr,
+                    images_per_second=round(rate, 1), waiting=round(self.waited / seconds, 4), z_std=round(z_std, 4))
+        self.losses = []
+        if measure:
+            line["knn"] = self.knn = round(self._measure_knn(), 2)
+        if rank() == 0:
+            with open(self.log_file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            self._progress(line, (self.total - self.step) * self.args.batch_size / max(rate, 1e-9))
+            if measure or self.step == self.total:
+                self._draw_curves()
+        self._start_clock()
+
+    def _measure_knn(self):
+        bank, queries = (features(self.model.encoder, load_data(self.args.data, self.args.root, split, self.device), self.input, self.args.workers,
+                                  self.args.precision) for split in ("train", "val"))
+        return knn_accuracy(*bank, *queries)
+
+    def _progress(self, line, seconds_left):
+        left = f"{seconds_left / 3600:.1f} h" if seconds_left > 5400 else f"{seconds_left / 60:.1f} min"
+        text = (f"epoch {line['step'] / len(self.batches):.1f}/{self.args.epochs}  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  {left} left"
+                + (f"  kNN {self.knn:.1f} %" if self.knn is not None else ""))
+        if sys.stderr.isatty():
+            print(f"\r\033[K{text}", end="\n" if "knn" in line or self.step == self.total else "", file=sys.stderr, flush=True)
+        elif "knn" in line or time.perf_counter() - getattr(self, "told", -math.inf) > 10:
+            self.told = time.perf_counter()
+            say(text)
+
+    def _draw_curves(self):
+        plt = pyplot()
+        lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+        for ax, (key, title) in zip(axes.flat, (("loss", "loss"), ("knn", "kNN accuracy, %"), ("z_std", "spread of z (about 1: healthy, 0: collapsed)"), ("lr", "learning rate"))):
+            points = [(line["step"] / len(self.batches), line[key]) for line in lines if key in line]
+            ax.plot(*zip(*points) if points else ([], []), marker="o" if key == "knn" else "", color="#2a6f97")
+            ax.set(title=title, xlabel="epoch")
+            ax.grid(alpha=0.3)
+        axes[1, 0].set_ylim(bottom=0)
+        axes[1, 1].set_ylim(bottom=0)
+        figure.suptitle(f"{self.method}, {self.args.arch} on {self.args.data}")
+        save_picture(figure, self.folder / "curves.png")
+
+    def _draw_views(self, views):
+        """A row for each of the first images of this batch: the image and its views."""
+        indices = self.indices[:8]
+        originals = self.batches.data.crop(indices, [CenterCrop(self.args.size, 1.0)], 0)[0][0].float().cpu()
+        originals = originals / (255 if self.batches.data.in_workers else 1)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.input["mean"], self.input["std"]))
+        columns = [originals] + [v[:8].detach().float().cpu() * std + mean for v in views]
+        plt = pyplot()
+        figure, axes = plt.subplots(len(indices), len(columns), figsize=(1.3 * len(columns), 1.3 * len(indices) + 0.3), squeeze=False, layout="constrained")
+        for row, ax_row in enumerate(axes):
+            for column, (images, ax) in enumerate(zip(columns, ax_row)):
+                ax.imshow(images[row].permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+                ax.axis("off")
+                if row == 0:
+                    ax.set_title("image" if column == 0 else f"view {column}", fontsize=9)
+        save_picture(figure, self.folder / "views.png")
+
+
+def pyplot():
+    """matplotlib.pyplot that draws into files and needs no screen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_picture(figure, path):
+    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
+    pyplot().close(figure)
+
+
+# ---------------------------------------------------------------- 4. the run's books: features and nearest neighbours
+
+@torch.no_grad()
+def features(encoder, data, input, workers=0, precision="fp32"):
+    """`encoder` on the test crop of every image of `data`, BatchNorm in eval mode: h (n, D) float32 on the encoder's device and labels (n,), in order.
+
+    `input` is a checkpoint's: size, mean, std. Several processes share the work and all get the result.
+    """
+    device = next((p.device for p in encoder.parameters()), torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"))
+    training = encoder.training
+    encoder.eval()
+    pieces = InOrder(data, [CenterCrop(input["size"])])
+    h, used = [], []
+    for (x,), indices, broken in stream(pieces, range(len(pieces)), workers, device):
+        for i in broken:
+            say(f"cannot read {data.paths[i]}; another image takes its place")
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            h.append(encoder(normalize(x, input["mean"], input["std"])).float())
+        used.append(indices)
+    encoder.train(training)
+    labels = data.labels[torch.cat(used)].to(device)
+    return _in_order(torch.cat(h), len(data)), _in_order(labels, len(data))
+
+
+def _in_order(mine, n):
+    """What each process has of every `world_size()`-th of n things -> all n, in every process."""
+    if world_size() == 1:
+        return mine
+    longest = math.ceil(n / world_size())
+    mine = torch.cat([mine, mine[:longest - len(mine)]]).contiguous()       # the last processes may be one short
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, 1).flatten(0, 1)[:n]
+
+
+def knn_accuracy(train_h, train_labels, h, labels, k=200, temperature=0.1):
+    """Top-1 accuracy in percent of weighted k-nearest-neighbour classification (Wu et al. 2018, section 3.4).
+
+    train_h (M, D) and h (N, D) of any scale, labels (M,), (N,) whole numbers >= 0. Each of the k training features most similar by cosine s votes for
+    its class with exp(s / temperature). k is cut to M.
+    """
+    train_h, h = F.normalize(train_h.float(), dim=1), F.normalize(h.float(), dim=1)
+    train_labels, labels = train_labels.to(h.device), labels.to(h.device)
+    classes, k, right = int(train_labels.max()) + 1, min(k, len(train_h)), 0
+    for queries, truth in zip(h.split(512), labels.split(512)):
+        similarity, nearest = (queries @ train_h.T).topk(k)                                # (n, k)
+        votes = torch.zeros(len(queries), classes, device=h.device)
+        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        right += (votes.argmax(1) == truth).sum().item()
+    return 100 * right / len(h)
