@@ -168,13 +168,13 @@ class Folder:
 
     def read(self, i):
         """Image i as (3, H, W) uint8 RGB, or None: torchvision's decoder, or Pillow for what that does not read."""
-        from torchvision.io import ImageReadMode, decode_image, read_file
         path = str(self.paths[i])
         try:
+            from torchvision.io import ImageReadMode, decode_image, read_file
             image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
             if image.dtype == torch.uint8 and image.ndim == 3:
                 return image
-        except RuntimeError:
+        except (RuntimeError, ImportError):
             pass
         try:
             from PIL import Image, ImageOps
