@@ -742,7 +742,7 @@ def say(message):
         print(message, file=sys.stderr, flush=True)
 
 
-_stop_signal = None                                             # the signal that asked this process to stop, if any
+_stop_signal, _stepping = None, False                           # the signal that asked this process to stop; whether `Run` will see to it
 
 
 def _on_signal(number, _):
@@ -750,6 +750,8 @@ def _on_signal(number, _):
     if _stop_signal == number == signal.SIGINT:                 # Ctrl-C for the second time: at once
         raise KeyboardInterrupt
     _stop_signal = number
+    if not _stepping:
+        raise Stopped(f"stopped by {signal.Signals(number).name} before the first step")
 
 
 def start():
@@ -760,7 +762,9 @@ def start():
     if cuda:
         torch.cuda.set_device(local)
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))           # torchrun's; after a restart it still holds the addresses of the dead
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size())
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
@@ -768,9 +772,10 @@ class Stopped(Exception):
     """A signal ended the run, and all is saved."""
 
 
-def launch(main, args):
-    """Run `main(args, device)` in every process and exit: 0 when done or stopped by SIGTERM or SIGUSR1, 130 after Ctrl-C, 2 after a UserError."""
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+def launch(main, args, stoppable=True):
+    """Run `main(args, device)` in every process and exit: 0 when done, 2 after a UserError, 130 after Ctrl-C; and 0 after SIGTERM or SIGUSR1 where
+    the program is `stoppable`, which a training run is: the same command goes on with it."""
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if stoppable else ():
         signal.signal(s, _on_signal)
     status = 0
     try:
@@ -784,7 +789,7 @@ def launch(main, args):
         say(f"{Path(sys.argv[0]).name}: error: {e}")
         status = 2
     except KeyboardInterrupt:
-        say("stopped at once, nothing saved since the last checkpoint")
+        say("stopped at once")
         status = 130
     if dist.is_initialized():
         if status:                                              # others may be waiting for this process: do not wait for them
@@ -972,6 +977,8 @@ class Run:
     # ------------------------------------------------------------ the steps
 
     def __iter__(self):
+        global _stepping
+        _stepping = True                                        # from here on a signal waits for the end of the step
         if self.step == self.total:
             say("this run is finished")
         ready = stream(self.batches, range(self.step, self.total), self.args.workers, self.device)
@@ -985,6 +992,7 @@ class Run:
             yield step, crops, indices
             self.step = step + 1
             self._after_step(stop)
+        _stepping = False
         if self.knn is not None:
             say(f"{self.method} on {self.args.data}: kNN accuracy {self.knn:.1f} % after {self.args.epochs} epochs; {self.checkpoint}")
 

@@ -228,4 +228,4 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     args = parse_args()
-    common.launch(globals()[args.task], args)
+    common.launch(globals()[args.task], args, stoppable=False)
