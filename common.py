@@ -202,6 +202,8 @@ def load_data(name, root="data", split="train", device="cpu"):
     train/<class>/* and val/<class>/*. torchvision's sets lie in `root` and are downloaded into it if they are not there.
     Raises UserError when the data is not there or the directory has no labels for "train" and "val".
     """
+    if split == "pretrain" and name != "stl10" and has_labels(name):
+        return load_data(name, root, "train", device)
     if name == "shapes":
         images, labels, _ = draw_shapes(2000, seed=2) if split == "val" else draw_shapes(5000, seed=1)
         return Images(images, labels[:, 0], device)
@@ -285,7 +287,7 @@ class Batches(torch.utils.data.Dataset):
         if batch_size > len(data):
             raise UserError(f"--batch-size {batch_size}: larger than the data set of {len(data)} images")
         self.data, self.crops, self.batch_size, self.seed = data, crops, batch_size, seed
-        self.order = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(data)))
+        self.epoch, self.order = -1, None
 
     def __len__(self):
         return len(self.data) // self.batch_size
@@ -293,9 +295,10 @@ class Batches(torch.utils.data.Dataset):
     def indices(self, step):
         """(N,) which images this process has in `step`."""
         epoch, i = divmod(step, len(self))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(self.data)))
         share = self.batch_size // world_size()
-        first = i * self.batch_size + rank() * share
-        return torch.from_numpy(self.order(epoch)[first:first + share])
+        return self.order[i * self.batch_size:][rank() * share:][:share]
 
     def __getitem__(self, step):
         return self.data.crop(self.indices(step), self.crops, self.seed, step)
@@ -679,17 +682,19 @@ def resnet(arch, norm="batch", stem="imagenet", zero_init=False):
 # ---------------------------------------------------------------- 3. LARS
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017), as SimCLR uses it.
+    """Layer-wise adaptive rate scaling (You et al. 2017), as SimCLR and BYOL use it.
 
-        trust = trust_coefficient * |w| / |g + weight_decay * w|,   1 where either norm is 0
-        v <- momentum * v + lr * trust * (g + weight_decay * w)
-        w <- w - v
+        u = g + weight_decay * w
+        trust = trust_coefficient * |w| / |u|,   1 where either norm is 0
+        SimCLR, `lr_in_momentum`:   v <- momentum * v + lr * trust * u,   w <- w - v
+        BYOL, not:                  v <- momentum * v + trust * u,        w <- w - lr * v       (the same while lr is constant)
 
     Biases and norm scales, that is parameters of at most one dimension, get neither decay nor trust.
     """
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0, trust_coefficient=1e-3):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient))
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0, trust_coefficient=1e-3, lr_in_momentum=True):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient,
+                                      lr_in_momentum=lr_in_momentum))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -698,17 +703,17 @@ class LARS(torch.optim.Optimizer):
             for w in group["params"]:
                 if w.grad is None:
                     continue
-                update = w.grad
+                u = w.grad
                 if w.ndim > 1:
-                    update = update + group["weight_decay"] * w
-                    w_norm, norm = w.norm(), update.norm()
-                    trust = torch.where((w_norm > 0) & (norm > 0), group["trust_coefficient"] * w_norm / norm, 1.0)
-                    update = trust * update
+                    u = u + group["weight_decay"] * w
+                    w_norm, u_norm = w.norm(), u.norm()
+                    u = u * torch.where((w_norm > 0) & (u_norm > 0), group["trust_coefficient"] * w_norm / u_norm, 1.0)
                 if "momentum_buffer" not in self.state[w]:
                     self.state[w]["momentum_buffer"] = torch.zeros_like(w)
                 v = self.state[w]["momentum_buffer"]
-                v.mul_(group["momentum"]).add_(update, alpha=group["lr"])
-                w.sub_(v)
+                inside, outside = (group["lr"], 1) if group["lr_in_momentum"] else (1, group["lr"])
+                v.mul_(group["momentum"]).add_(u, alpha=inside)
+                w.sub_(v, alpha=outside)
         return loss
 
 
@@ -824,7 +829,8 @@ def _arch(text):
     return text
 
 
-def _data(text):
+def data_name(text):
+    """A data set's name or a directory, for argparse."""
     if text not in DATA and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(DATA)} nor a directory")
     return text
@@ -844,20 +850,21 @@ class Parser(LineParser):
         super().__init__(description=doc.strip().splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
         self.argv = sys.argv[1:] if argv is None else argv
         add = self.add_argument
-        add("--data", type=_data, default="shapes", metavar="NAME|DIR", help=f"{', '.join(DATA)}, or a directory of images")
+        add("--data", type=data_name, default="shapes", metavar="NAME|DIR", help=f"{', '.join(DATA)}, or a directory of images")
         add("--root", default="data", help="where the named data sets lie or are downloaded to")
         add("--recipe", choices=list(recipes), help="the set of defaults; without it, by the data")
         add("--arch", type=_arch, help="resnet10 ... resnet200 with a width: resnet50x2, resnet18x0.25")
         add("--stem", choices=["imagenet", "small"], help="small: 3x3 and no max-pooling, for 32-96 pixels")
         add("--size", type=count, help="side of the crops in pixels")
-        add("--epochs", type=count)
+        add("--epochs", type=count, help="passes over the data")
         add("--batch-size", type=count, help="images in a batch over all processes")
         add("--lr", type=positive, help="learning rate per 256 images")
-        add("--weight-decay", type=not_negative)
-        add("--warmup-epochs", type=not_negative)
+        add("--weight-decay", type=not_negative, help="of the optimizer")
+        add("--warmup-epochs", type=not_negative, help="epochs of linear rise, before the cosine fall")
         add("--workers", type=whole, default=min(16, os.cpu_count() or 1), help="processes that read image files, for each training process")
-        add("--seed", type=whole, default=0)
-        add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32")
+        add("--seed", type=whole, default=0, help="of everything that is drawn")
+        add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32",
+            help="of the network; losses are float32")
         add("--compile", action="store_true", help="torch.compile the model")
         add("--output", metavar="DIR", help="the run's folder; without it runs/<method>-<data>-<arch>")
         add("--knn-every", type=whole, help="epochs between measurements of kNN accuracy, 0: only at the end")
@@ -919,14 +926,16 @@ class Run:
 
     The folder `--output` gets checkpoint.pt, log.jsonl, curves.png and views.png. A checkpoint that is already there is gone on from, if it was made
     with the same settings. Every `--save-every` steps, at the end and on SIGTERM, SIGUSR1 or Ctrl-C the checkpoint is replaced; a loss that is not
-    finite ends the run before that. `mean` and `std` are how the method normalises its images, for those who use the encoder later.
+    finite ends the run before that. `mean` and `std` are how the method normalises its images, for those who use the encoder later; a loss that
+    stays at `collapsed_loss` after the first epoch is called a collapse.
     Raises UserError for a folder, file or loss that is no good, Stopped after a signal.
     """
 
     FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}     # settings that may change when a run goes on
 
-    def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+    def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), collapsed_loss=None):
         self.method, self.args, self.model, self.optimizer, self.batches = method, args, model, optimizer, batches
+        self.collapsed_loss = collapsed_loss
         self.input = dict(size=args.size, mean=list(mean), std=list(std))
         self.device = next(model.parameters()).device
         self.total = args.epochs * len(batches)
@@ -1045,8 +1054,8 @@ class Run:
             for i, value in zip(fresh, values.tolist()):
                 self.losses[i] = value
                 if not math.isfinite(value):
-                    raise UserError(f"the loss is {value} in step {self.step - len(self.losses) + i + 1} at learning rate {self.lr:.3g}; try a lower --lr, "
-                                    f"a longer --warmup-epochs or --precision fp32. The last good checkpoint is in {self.folder}")
+                    raise UserError(f"the loss is {value} in step {self.step - len(self.losses) + i + 1} at learning rate {self.lr:.3g}; try a "
+                                    f"lower --lr, longer --warmup-epochs or --precision fp32. The last good checkpoint is in {self.folder}")
 
     # ------------------------------------------------------------ log and pictures
 
@@ -1061,6 +1070,9 @@ class Run:
         line = dict(epoch=self.step // len(self.batches), step=self.step, loss=sum(self.losses) / len(self.losses), lr=self.lr,
                     images_per_second=round(rate, 1), waiting=round(self.waited / seconds, 4), z_std=round(z_std, 4))
         self.losses = []
+        if self.collapsed_loss and self.step > len(self.batches) and abs(line["loss"] / self.collapsed_loss - 1) < 0.005:
+            line["collapsed"] = True
+            say(f"the loss stays at ln K = {self.collapsed_loss:.3f}, that of equal shares: a collapse")
         if measure:
             line["knn"] = self.knn = round(self._measure_knn(), 2)
         if rank() == 0:
@@ -1078,8 +1090,8 @@ class Run:
 
     def _progress(self, line, seconds_left):
         left = f"{seconds_left / 3600:.1f} h" if seconds_left > 5400 else f"{seconds_left / 60:.1f} min"
-        text = (f"epoch {line['step'] / len(self.batches):.1f}/{self.args.epochs}  loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  {left} left"
-                + (f"  kNN {self.knn:.1f} %" if self.knn is not None else ""))
+        text = (f"epoch {line['step'] / len(self.batches):.1f}/{self.args.epochs}  loss {line['loss']:.4f}  "
+                f"{line['images_per_second']:.0f} images/s  {left} left" + (f"  kNN {self.knn:.1f} %" if self.knn is not None else ""))
         if sys.stderr.isatty():
             print(f"\r\033[K{text}", end="\n" if "knn" in line or self.step == self.total else "", file=sys.stderr, flush=True)
         elif "knn" in line or time.perf_counter() - getattr(self, "told", -math.inf) > 10:
@@ -1090,7 +1102,8 @@ class Run:
         plt = pyplot()
         lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
         figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-        for ax, (key, title) in zip(axes.flat, (("loss", "loss"), ("knn", "kNN accuracy, %"), ("z_std", "spread of z (about 1: healthy, 0: collapsed)"), ("lr", "learning rate"))):
+        titles = dict(loss="loss", knn="kNN accuracy, %", z_std="spread of z (about 1: healthy, 0: collapsed)", lr="learning rate")
+        for ax, (key, title) in zip(axes.flat, titles.items()):
             points = [(line["step"] / len(self.batches), line[key]) for line in lines if key in line]
             ax.plot(*zip(*points) if points else ([], []), marker="o" if key == "knn" else "", color="#2a6f97")
             ax.set(title=title, xlabel="epoch")
@@ -1108,7 +1121,8 @@ class Run:
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.input["mean"], self.input["std"]))
         columns = [originals] + [v[:8].detach().float().cpu() * std + mean for v in views]
         plt = pyplot()
-        figure, axes = plt.subplots(len(indices), len(columns), figsize=(1.3 * len(columns), 1.3 * len(indices) + 0.3), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(len(indices), len(columns), figsize=(1.3 * len(columns), 1.3 * len(indices) + 0.3), squeeze=False,
+                                    layout="constrained")
         for row, ax_row in enumerate(axes):
             for column, (images, ax) in enumerate(zip(columns, ax_row)):
                 ax.imshow(images[row].permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
@@ -1139,7 +1153,7 @@ def features(encoder, data, input, workers=0, precision="fp32"):
 
     `input` is a checkpoint's: size, mean, std. Several processes share the work and all get the result.
     """
-    device = next((p.device for p in encoder.parameters()), torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"))
+    device = next((p.device for p in encoder.parameters()), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     training = encoder.training
     encoder.eval()
     pieces = InOrder(data, [CenterCrop(input["size"])])

@@ -206,7 +206,7 @@ def parse_args(argv=None):
     for task, text in (("knn", "nearest neighbours"), ("linear", "linear classifier on frozen features")):
         add = tasks.add_parser(task, help=text, description=text, allow_abbrev=False).add_argument
         add("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of a run")
-        add("--data", metavar="NAME|DIR", help="default: what the checkpoint was trained on")
+        add("--data", type=common.data_name, metavar="NAME|DIR", help="default: what the checkpoint was trained on")
         add("--root", help="where the named data sets lie; default: as in training")
         add("--baseline", choices=["random", "pixels"], help="ask an untrained encoder, or the pixels, instead")
         add("--workers", type=common.whole, default=2, help="processes that read image files (default 2)")

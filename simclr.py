@@ -191,7 +191,7 @@ def train(args, device):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
-    parser.add_argument("--temperature", type=common.positive)
+    parser.add_argument("--temperature", type=common.positive, help="of the softmax, tau")
     parser.add_argument("--head", choices=["nonlinear", "linear", "none"], help="the projector, section 4.2")
     parser.add_argument("--dim", type=common.count, help="width of the projection")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, s of appendix A")

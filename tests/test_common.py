@@ -445,7 +445,8 @@ def test_resnet_options():
 
 # ---------------------------------------------------------------- optimisers
 
-def test_lars_equals_a_slow_reference():
+@pytest.mark.parametrize("inside", [True, False])
+def test_lars_equals_a_slow_reference(inside):
     g = np.random.default_rng(0)
     start = {"weight": g.normal(size=(4, 5)), "bias": g.normal(size=5), "zero": np.zeros((3, 2)), "filters": g.normal(size=(2, 3, 3, 3))}
     gradients = [{k: g.normal(size=v.shape) for k, v in start.items()} for _ in range(6)]
@@ -461,11 +462,12 @@ def test_lars_equals_a_slow_reference():
                 update = update + decay * w[k]
                 a, b = math.sqrt(sum(x * x for x in w[k].ravel())), math.sqrt(sum(x * x for x in update.ravel()))
                 trust = eta * a / b if a > 0 and b > 0 else 1.0
-            v[k] = momentum * v[k] + lr * trust * update
-            w[k] = w[k] - v[k]
+            v[k] = momentum * v[k] + (lr if inside else 1) * trust * update
+            w[k] = w[k] - (1 if inside else lr) * v[k]
 
     parameters = {k: torch.nn.Parameter(torch.tensor(a)) for k, a in start.items()}
-    optimizer = common.LARS(parameters.values(), lr=1.0, momentum=momentum, weight_decay=decay, trust_coefficient=eta)
+    optimizer = common.LARS(parameters.values(), lr=1.0, momentum=momentum, weight_decay=decay, trust_coefficient=eta,
+                            lr_in_momentum=inside)
     for gradient, lr in zip(gradients, rates):
         optimizer.param_groups[0]["lr"] = lr
         for k, p in parameters.items():

@@ -1,5 +1,5 @@
 """simclr.py: the loss against its equation, one process against two, and runs that are killed, stopped, resumed and misused."""
-import json, math, os, random, resource, signal, subprocess, sys, time
+import json, math, os, resource, shutil, signal, subprocess, time
 
 import pytest
 import torch
@@ -7,10 +7,9 @@ from torch import nn
 
 import common
 import simclr
-from conftest import ROOT, command, environment, one_line, run
+from conftest import BOOKS, TINY, assert_equal_runs, command, environment, one_line, result_of, run, run_killed_three_times
 
-TINY = ["--arch", "resnet10x0.0625", "--size", "16", "--batch-size", "500", "--epochs", "3", "--warmup-epochs", "1", "--lr", "2"]      # 30 steps
-FRESH = {"images_per_second", "waiting"}                        # the log's entries that differ from run to run
+TINY = [*TINY, "--warmup-epochs", "1", "--lr", "2"]
 
 
 # ---------------------------------------------------------------- loss
@@ -98,29 +97,13 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
 
 # ---------------------------------------------------------------- whole runs
 
-def result_of(folder):
-    """What a run must reproduce: all tensors of its checkpoint, and its log without the timings."""
-    checkpoint = common.read_checkpoint(folder / "checkpoint.pt")
-    lines = [{k: v for k, v in json.loads(line).items() if k not in FRESH} for line in (folder / "log.jsonl").read_text().splitlines()]
-    return checkpoint, lines
-
-
-def assert_equal_runs(a, b):
-    (one, log), (other, other_log) = result_of(a), result_of(b)
-    assert log == other_log and [line["step"] for line in log] == sorted({line["step"] for line in log})
-    for part in ("encoder", "model"):
-        assert one[part].keys() == other[part].keys() and all(torch.equal(v, other[part][k]) for k, v in one[part].items())
-    states = [c["optimizer"]["state"] for c in (one, other)]
-    assert states[0] and all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Uninterrupted runs with one and with two processes."""
     folders = {}
     for processes in (1, 2):
         folders[processes] = tmp_path_factory.mktemp(f"finished{processes}")
-        result = run("simclr.py", *TINY, "--output", folders[processes], "--log-every", 4, "--knn-every", 2, processes=processes)
+        result = run("simclr.py", *TINY, "--output", folders[processes], *BOOKS, processes=processes)
         assert result.returncode == 0, result.stderr
         assert "kNN accuracy" in result.stderr
         assert ("BatchNorm takes its statistics in each process alone" in result.stderr) == (processes == 2)
@@ -138,39 +121,19 @@ def test_run_leaves_its_books(finished):
     assert checkpoint["method"] == "simclr" and checkpoint["step"] == 30 and checkpoint["epoch"] == 3
     encoder = common.resnet(**checkpoint["encoder_config"])
     encoder.load_state_dict(checkpoint["encoder"], strict=True)
-    again = run("simclr.py", *TINY, "--output", finished[1], "--log-every", 4, "--knn-every", 2)
+    again = run("simclr.py", *TINY, "--output", finished[1], *BOOKS)
     assert again.returncode == 0 and "this run is finished" in again.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_killed_three_times_is_the_run_that_was_not(finished, tmp_path, processes):
-    args = [*TINY, "--output", tmp_path, "--log-every", 4, "--knn-every", 2, "--save-every", 3]
-    moments = random.Random(processes)
-    log = tmp_path / "log.jsonl"
-    kills = 0
-    while kills < 3:
-        seen = len(log.read_text().splitlines()) if log.exists() else 0
-        process = subprocess.Popen(command("simclr.py", *args, processes=processes), env=environment(processes), stderr=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.time() + 60
-        while process.poll() is None and time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > max(seen - 1, 0)):
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.4))
-        if process.poll() is not None:                          # finished before the kill: start over
-            for name in os.listdir(tmp_path):
-                os.remove(tmp_path / name)
-            kills = 0
-            continue
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    result = run("simclr.py", *args, processes=processes)
-    assert result.returncode == 0, result.stderr
+    run_killed_three_times(tmp_path, "simclr.py", *TINY, *BOOKS, processes=processes)
     assert_equal_runs(tmp_path, finished[processes])
 
 
 @pytest.mark.parametrize("name,status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
 def test_signals_save_and_end(finished, tmp_path, name, status):
-    args = [*TINY, "--output", tmp_path, "--log-every", 4, "--knn-every", 2]
+    args = [*TINY, "--output", tmp_path, *BOOKS]
     process = subprocess.Popen(command("simclr.py", *args), env=environment(), stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text():
         assert process.poll() is None
@@ -186,7 +149,7 @@ def test_signals_save_and_end(finished, tmp_path, name, status):
 
 
 def test_signal_to_one_of_two_processes_stops_both_and_torchrun_restarts_go_on(finished, tmp_path):
-    args = [*TINY, "--output", tmp_path, "--log-every", 4, "--knn-every", 2, "--save-every", 3]
+    args = [*TINY, "--output", tmp_path, *BOOKS, "--save-every", 3]
     process = subprocess.Popen(command("simclr.py", *args, processes=2, torchrun=["--max-restarts=1"]), env=environment(2), stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "checkpoint.pt").exists():
         assert process.poll() is None
@@ -256,7 +219,7 @@ def test_output_that_cannot_be_written(tmp_path):
 
 
 def test_full_disk_leaves_the_checkpoint_before(finished, tmp_path):
-    args = [*TINY, "--output", tmp_path, "--log-every", 4, "--knn-every", 2]
+    args = [*TINY, "--output", tmp_path, *BOOKS]
     process = subprocess.Popen(command("simclr.py", *args, "--save-every", 3), env=environment(), stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoint.pt").exists():
         time.sleep(0.01)
@@ -303,7 +266,6 @@ SMALL_RUN = ["--recipe", "small", "--arch", "resnet10x0.0625", "--size", "24", "
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_on_a_folder_with_one_broken_image(photos, tmp_path, processes):
-    import shutil
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data/train/0/007.jpg").write_bytes(b"\xff\xd8 broken")
     result = run("simclr.py", "--data", tmp_path / "data", *SMALL_RUN, "--workers", 2, "--output", tmp_path / "run", processes=processes)

@@ -1,0 +1,158 @@
+"""moco.py: the loss against its equation, the queue, the key network, shuffling, one process against two, whole runs."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import moco
+from conftest import BOOKS, TINY, assert_equal_runs, one_line, run, run_killed_three_times
+
+TINY = [*TINY, "--queue-size", "2000", "--dim", "16", "--bn-splits", "2"]
+
+
+def info_nce_by_loops(q, k, queue, temperature):
+    """v1, equation 1, one query and one key at a time."""
+    dot = lambda a, b: sum(float(x) * float(y) for x, y in zip(a, b))
+    total = 0.0
+    for a, b in zip(q.double(), k.double()):
+        positive = math.exp(dot(a, b) / temperature)
+        total -= math.log(positive / (positive + sum(math.exp(dot(a, c) / temperature) for c in queue.double())))
+    return total / len(q)
+
+
+@pytest.mark.parametrize("n,d,size,temperature", [(1, 2, 3, 1.0), (6, 8, 20, 0.2), (9, 16, 50, 0.07)])
+def test_loss_equals_its_equation(n, d, size, temperature):
+    torch.manual_seed(n)
+    q, k, queue = (F.normalize(torch.randn(m, d, dtype=torch.float64), dim=1) for m in (n, n, size))
+    expected = info_nce_by_loops(q, k, queue, temperature)
+    assert moco.info_nce(q, k, queue, temperature).item() == pytest.approx(expected, rel=1e-10)
+    assert moco.info_nce(q.float(), k.float(), queue.float(), temperature).item() == pytest.approx(expected, rel=1e-5)
+    same = F.normalize(torch.ones(1, d, dtype=torch.float64), dim=1)
+    assert moco.info_nce(same.expand(n, d), same.expand(n, d), same.expand(size, d), temperature).item() == pytest.approx(math.log(size + 1), rel=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert moco.info_nce(q.float(), k.float(), queue.float(), temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_flows_into_the_query_alone():
+    q, k, queue = (torch.randn(4, 8, requires_grad=True) for _ in range(3))
+    moco.info_nce(q, k, queue, 0.2).backward()
+    assert q.grad is not None and k.grad is None and queue.grad is None
+    model = moco.MoCo("resnet10x0.25", "small", 2, 8, 16, 1)
+    query, key, _ = model(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16))
+    assert query.requires_grad and not key.requires_grad
+    moco.info_nce(query, key, model.queue, 0.2).backward()
+    assert all(w.grad is None for m in (model.key_encoder, model.key_projector) for w in m.parameters())
+
+
+def test_key_network_starts_as_a_copy_and_averages_parameters_only():
+    model = moco.MoCo("resnet10x0.25", "small", 2, 8, 16, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), model.key_encoder.state_dict().values()))
+    with torch.no_grad():
+        for w in model.encoder.parameters():
+            w += 1
+        model.encoder.bn1.running_mean += 1
+    before = {k: v.clone() for k, v in model.key_encoder.state_dict().items()}
+    model.update_keys_network(0.75)
+    for k, v in model.key_encoder.state_dict().items():
+        expected = before[k] if "running" in k or "tracked" in k else before[k] + 0.25
+        assert torch.allclose(v.double(), expected.double(), atol=1e-6), k
+
+
+def test_queue_is_first_in_first_out():
+    model = moco.MoCo("resnet10x0.25", "small", 1, 2, 6, 1)
+    for i in range(4):
+        model.enqueue(torch.full((2, 2), float(i)))
+    assert model.queue[:, 0].tolist() == [3, 3, 1, 1, 2, 2] and model.pointer.item() == 2
+
+
+def test_versions():
+    v1, v2 = (moco.projector(8, version, 4) for version in (1, 2))
+    assert [type(m) for m in v1] == [nn.Linear] and [type(m) for m in v2] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert moco.parse_args(["--recipe", "imagenet", "--version", "1"]).temperature == 0.07
+    assert moco.parse_args(["--recipe", "imagenet"]).temperature == 0.2
+    assert moco.parse_args(["--recipe", "imagenet", "--version", "1", "--temperature", "0.3"]).temperature == 0.3
+
+
+def companions(splits, shuffled):
+    """For each of 8 images: which images share its BatchNorm statistics, as a query and as a key. Measured: image i is moved, who notices?"""
+    torch.manual_seed(0)
+    norm = moco.split_batch_norm(nn.Sequential(nn.BatchNorm2d(1, affine=False)), splits)
+    x = torch.randn(8, 1, 2, 2)
+
+    def as_key(x):
+        if not shuffled:
+            return norm(x)
+        torch.manual_seed(3)
+        dealt, order = moco.shuffle(x)
+        return moco.unshuffle(norm(dealt), order)[0]
+
+    noticed = []
+    for encode in (norm, as_key):
+        sets = []
+        for i in range(8):
+            moved = x.clone()
+            moved[i] *= 3
+            sets.append(frozenset(((encode(moved) - encode(x)).flatten(1).abs().max(1).values > 1e-6).nonzero()[:, 0].tolist()))
+        noticed.append(sets)
+    return noticed
+
+
+def test_what_shuffling_is_for():
+    query, key = companions(splits=2, shuffled=False)
+    assert query == key and all(len(s) == 4 for s in query)
+    query, key = companions(splits=2, shuffled=True)
+    assert all(len(s) == 4 for s in key) and all(a != b for a, b in zip(query, key))
+    query, key = companions(splits=1, shuffled=True)           # one batch, one set of statistics: shuffling alone does nothing
+    assert query == key
+
+
+PROCESSES = """
+import sys, torch, common, moco
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+device = common.start()
+torch.manual_seed(0)
+model = torch.nn.Linear(12, 6).double()
+x, k, queue = torch.randn(8, 12).double(), F.normalize(torch.randn(8, 6).double(), dim=1), F.normalize(torch.randn(16, 6).double(), dim=1)
+n = 8 // common.world_size()
+mine = slice(common.rank() * n, (common.rank() + 1) * n)
+torch.manual_seed(common.rank())
+dealt, order = moco.shuffle(x[mine])
+back, everyones = moco.unshuffle(dealt, order)
+assert torch.equal(back, x[mine]) and torch.equal(everyones, x) and not torch.equal(dealt, x[mine])
+network = DistributedDataParallel(model) if common.world_size() > 1 else model
+moco.info_nce(F.normalize(network(x[mine]), dim=1), k[mine], queue, 0.2).backward()
+torch.save([p.grad for p in model.parameters()], f"{sys.argv[1]}/{common.world_size()}-{common.rank()}.pt")
+if common.world_size() > 1:
+    torch.distributed.barrier()
+"""
+
+
+def test_two_processes_shuffle_and_learn_as_one(tmp_path):
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    for processes in (1, 2):
+        result = run(script, tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+    for a, b in zip(torch.load(tmp_path / "2-1.pt"), torch.load(tmp_path / "1-0.pt")):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize("processes,extra", [(1, ["--symmetric"]), (2, [])])
+def test_run_killed_three_times_is_the_run_that_was_not(tmp_path, processes, extra):
+    (tmp_path / "killed").mkdir()
+    result = run("moco.py", *TINY, *extra, *BOOKS, "--output", tmp_path / "whole", processes=processes)
+    assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
+    run_killed_three_times(tmp_path / "killed", "moco.py", *TINY, *extra, *BOOKS, processes=processes)
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+    if processes == 1:
+        probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
+        assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
+
+
+def test_misuse(tmp_path):
+    for args, words in ((["--queue-size", "1000"], "--queue-size 1000: not a multiple of the 64 keys of a step"), (["--version", "3"], "--version"),
+                        (["--bn-splits", "7"], "--bn-splits 7: does not divide the 64 images"), (["--batch-size", "9999"], "larger than the data set")):
+        assert words in one_line(run("moco.py", *args, "--output", tmp_path))

@@ -1,0 +1,148 @@
+"""swav.py: Sinkhorn and the loss against their equations, known cases, one process against two, the queue, whole runs."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import swav
+from conftest import BOOKS, TINY, assert_equal_runs, one_line, run, run_killed_three_times
+
+TINY = [*TINY, "--small-size", "8", "--small-crops", "2", "--num-prototypes", "12", "--hidden", "32", "--dim", "16"]
+
+
+def sinkhorn_by_loops(scores, epsilon, iterations):
+    """Equations 3 to 5 as the official code runs them: Q is (K, B), rows to 1/K, columns to 1/B, columns to 1 at the end."""
+    b, k = scores.shape
+    q = [[math.exp(float(scores[j, i]) / epsilon) for j in range(b)] for i in range(k)]
+    total = sum(map(sum, q))
+    q = [[x / total for x in row] for row in q]
+    for _ in range(iterations):
+        q = [[x / sum(row) / k for x in row] for row in q]
+        columns = [sum(row[j] for row in q) for j in range(b)]
+        q = [[x / columns[j] / b for j, x in enumerate(row)] for row in q]
+    return torch.tensor(q, dtype=torch.float64).T * b
+
+
+@pytest.mark.parametrize("b,k,iterations", [(4, 3, 1), (8, 5, 3), (20, 30, 3)])
+def test_sinkhorn_equals_its_equation(b, k, iterations):
+    torch.manual_seed(b)
+    scores = (2 * torch.rand(b, k, dtype=torch.float64) - 1)
+    expected = sinkhorn_by_loops(scores, 0.05, iterations)
+    assert (swav.sinkhorn(scores, 0.05, iterations) - expected).abs().max() < 1e-10
+    assert (swav.sinkhorn(scores.float(), 0.05, iterations) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("scores", [torch.randn(16, 6) * 1e4, torch.eye(16, 6) * 1e4, torch.cat([torch.full((16, 1), 50.0), torch.zeros(16, 5)], 1),
+                                    torch.randn(16, 6).half() * 100, torch.randn(16, 6).bfloat16(), torch.zeros(16, 6)])
+def test_sinkhorn_is_finite_whatever_comes(scores):
+    codes = swav.sinkhorn(scores, 0.05, 3)
+    assert codes.dtype == torch.float32 and codes.isfinite().all() and (codes.sum(1) - 1).abs().max() < 1e-5
+
+
+def test_equal_scores_give_equal_codes_and_a_collapsed_network_ln_k():
+    codes = swav.sinkhorn(torch.full((10, 7), 0.3), 0.05, 3)
+    assert (codes - 1 / 7).abs().max() < 1e-6
+    scores = [torch.full((10, 7), 0.3)] * 4
+    assert swav.swapped_prediction(scores, [codes, codes], 0.1).item() == pytest.approx(math.log(7), rel=1e-6)
+
+
+def swapped_prediction_by_loops(scores, codes, temperature):
+    """Equations 1, 2 and 6, one crop, image and prototype at a time."""
+    total = 0.0
+    for i, q in enumerate(codes):
+        for v, s in enumerate(scores):
+            if v != i:
+                for b in range(len(q)):
+                    norm = sum(math.exp(float(x) / temperature) for x in s[b])
+                    total -= sum(float(q[b, k]) * math.log(math.exp(float(s[b, k]) / temperature) / norm) for k in range(q.shape[1])) / len(q)
+    return total / len(codes) / (len(scores) - 1)
+
+
+def test_loss_equals_its_equation():
+    torch.manual_seed(0)
+    scores = [2 * torch.rand(6, 5, dtype=torch.float64) - 1 for _ in range(4)]
+    codes = [swav.sinkhorn(s, 0.05, 3) for s in scores[:2]]
+    expected = swapped_prediction_by_loops(scores, codes, 0.1)
+    assert swav.swapped_prediction(scores, codes, 0.1).item() == pytest.approx(expected, rel=1e-10)
+    assert swav.swapped_prediction([s.float() for s in scores], [q.float() for q in codes], 0.1).item() == pytest.approx(expected, rel=1e-5)
+
+
+PROCESSES = """
+import sys, torch, common, swav
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+device = common.start()
+torch.manual_seed(0)
+model = torch.nn.Linear(12, 6).double()
+x = torch.randn(2, 8, 12).double()
+n = 8 // common.world_size()
+mine = slice(common.rank() * n, (common.rank() + 1) * n)
+network = DistributedDataParallel(model) if common.world_size() > 1 else model
+scores = network(x[:, mine]).tanh()
+codes = [swav.sinkhorn(s.detach(), 0.05, 3) for s in scores]
+swav.swapped_prediction(list(scores), codes, 0.1).backward()
+torch.save([torch.stack(codes), *(p.grad for p in model.parameters())], f"{sys.argv[1]}/{common.world_size()}-{common.rank()}.pt")
+if common.world_size() > 1:
+    torch.distributed.barrier()
+"""
+
+
+def test_codes_and_gradient_of_two_processes_are_those_of_the_whole_batch(tmp_path):
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    for processes in (1, 2):
+        result = run(script, tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+    whole, halves = torch.load(tmp_path / "1-0.pt"), [torch.load(tmp_path / f"2-{r}.pt") for r in (0, 1)]
+    assert (torch.cat([h[0] for h in halves], 1) - whole[0]).abs().max() < 1e-12
+    for a, b in zip(halves[1][1:], whole[1:]):
+        assert (a - b).norm() <= 1e-10 * b.norm()
+
+
+def test_queue_is_used_once_full_and_newest_come_first():
+    torch.manual_seed(0)
+    model = swav.SwAV("resnet10x0.25", "small", 16, 8, 5, queue_size=8)
+    model.normalize_prototypes()
+    assert (model.prototypes.weight.norm(dim=1) - 1).abs().max() < 1e-6
+    batches = [F.normalize(torch.randn(4, 8), dim=1) for _ in range(4)]
+    score = lambda z: (z @ model.prototypes.weight.T).detach()
+    for i, z in enumerate(batches[:3]):
+        codes = model.codes(z, score(z), 1, True, 0.05, 3)
+        before = torch.cat([batches[1], batches[0], z]) if i == 2 else z            # full after two batches
+        assert torch.allclose(codes, swav.sinkhorn(score(before), 0.05, 3)[-4:], atol=1e-6)
+    assert torch.equal(model.queue[1], torch.cat([batches[2], batches[1]])) and not model.queue[0].any()
+
+
+def test_prototypes_are_frozen_at_first(tmp_path):
+    import common
+    weights = []
+    for freeze in ("3", "0"):
+        args = swav.parse_args([*map(str, TINY), "--epochs", "1", "--freeze-epochs", freeze, "--output", str(tmp_path / freeze)])
+        swav.train(args, torch.device("cpu"))
+        weights.append(torch.load(tmp_path / freeze / "checkpoint.pt")["model"]["prototypes.weight"])
+    torch.manual_seed(args.seed)
+    start = swav.SwAV(args.arch, args.stem, args.hidden, args.dim, args.num_prototypes, 0).prototypes.weight
+    assert torch.allclose(weights[0], F.normalize(start, dim=1), atol=1e-6) and not torch.allclose(weights[1], weights[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("processes,extra", [(1, ["--queue-size", "1000", "--queue-start", "1"]), (2, ["--queue-size", "1000", "--queue-start", "0.5"])])
+def test_run_killed_three_times_is_the_run_that_was_not(tmp_path, processes, extra):
+    (tmp_path / "killed").mkdir()
+    result = run("swav.py", *TINY, *extra, *BOOKS, "--output", tmp_path / "whole", processes=processes)
+    assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
+    run_killed_three_times(tmp_path / "killed", "swav.py", *TINY, *extra, *BOOKS, processes=processes)
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+    if processes == 1:
+        probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
+        assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
+
+
+def test_a_collapse_is_named_in_the_log(tmp_path):
+    result = run("swav.py", *TINY, "--lr", "1e-12", "--optimizer", "larc", "--temperature", "50", "--output", tmp_path)      # all crops: nearly equal shares
+    assert result.returncode == 0 and "ln K" in result.stderr, result.stderr
+
+
+def test_misuse(tmp_path):
+    for args, words in ((["--epsilon", "0"], "--epsilon"), (["--num-prototypes", "x"], "--num-prototypes"), (["--batch-size", "9999"], "larger than the data set")):
+        assert words in one_line(run("swav.py", *args, "--output", tmp_path))
