@@ -160,7 +160,7 @@ def train(args, device):
     warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
 
     for step, (x1, x2), indices in run:
-        lr = peak_lr * (step + 1) / warmup if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
         ema_momentum = 1 - (1 - args.ema_momentum) * (math.cos(math.pi * step / total) + 1) / 2       # section 3.2
@@ -183,15 +183,15 @@ def train(args, device):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
-    parser.add_argument("--ema-momentum", type=common.not_negative, help="of the target at the start, tau; it rises to 1 on a cosine")
+    parser.add_argument("--ema-momentum", type=common.share, help="of the target at the start, tau; it rises to 1 on a cosine")
     parser.add_argument("--hidden", type=common.count, help="width of the hidden layer of projector and predictor")
     parser.add_argument("--dim", type=common.count, help="width of the projection")
     parser.add_argument("--accumulate", type=common.count, help="pass each batch through the networks in so many pieces, and step once")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.2, 0.1)")
-    parser.add_argument("--blur1", type=common.not_negative, help="probability of the Gaussian blur in T")
-    parser.add_argument("--blur2", type=common.not_negative, help="probability of the Gaussian blur in T'")
-    parser.add_argument("--solarize2", type=common.not_negative, help="probability of solarisation in T'")
-    parser.add_argument("--min-scale", type=common.positive, help="smallest share of the image's area that a crop has")
+    parser.add_argument("--blur1", type=common.share, help="probability of the Gaussian blur in T")
+    parser.add_argument("--blur2", type=common.share, help="probability of the Gaussian blur in T'")
+    parser.add_argument("--solarize2", type=common.share, help="probability of solarisation in T'")
+    parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
     return parser.parse()
 
 

@@ -7,7 +7,7 @@
 
 Images are (N, 3, H, W): uint8 as loaded, float32 in 0..1 once cropped.
 """
-import argparse, contextlib, functools, json, math, os, re, signal, sys, time
+import argparse, contextlib, functools, json, math, os, re, signal, sys, time, traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,10 +114,28 @@ def draw_shapes(count, seed, size=32, cells=1):
     return images, np.where(present, labels, -1).reshape(count, places), boxes
 
 
+def draw_sheet(path):
+    """Draw a sheet of the embedded data as a PNG: a row a class, then scenes with their boxes."""
+    images, labels, _ = draw_shapes(500, seed=1)
+    scenes, _, boxes = draw_shapes(len(SHAPES) * 2, seed=3, size=96, cells=2)
+    plt = pyplot()
+    figure, axes = plt.subplots(len(SHAPES), 12, figsize=(6.6, 5.5), layout="constrained")
+    for k, row in enumerate(axes):
+        shown = [*images[labels[:, 0] == k][:10], *scenes[2 * k:2 * k + 2]]
+        for image, ax in zip(shown, row):
+            ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(SHAPES[k], fontsize=6)
+        for ax, scene in zip(row[10:], boxes[2 * k:2 * k + 2]):
+            for x0, y0, x1, y1 in scene:
+                ax.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="white", linewidth=0.6))
+    save_picture(figure, path)
+
+
 # ---------------------------------------------------------------- 1. data: sets
 
 class Images:
-    """A data set in memory: `images` (n, 3, H, W) uint8 and `labels` (n,) int64 on the training device (labels None: unknown)."""
+    """A data set in memory: `images` (n, 3, H, W) uint8 on the training device and `labels` (n,) int64 on the CPU (None: unknown)."""
 
     in_workers = False
 
@@ -143,7 +161,7 @@ class Folder:
     SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
     def __init__(self, paths, labels):
-        self.paths = np.array(paths)
+        self.paths, self.broken = np.array(paths), set()
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
 
     def __len__(self):
@@ -154,10 +172,11 @@ class Folder:
         one that can: returns the crops, the indices really used, and the indices of the broken files."""
         views, used, broken = [], [], []
         for i in indices.tolist():
-            while (image := self.read(i)) is None:
+            for _ in range(min(len(self), 10 + len(self) // 100)):      # more in a row than may be broken at all: `note_broken` ends the run
+                image = self.read(i)
+                if image is not None:
+                    break
                 broken.append(i)
-                if len(broken) > max(10, len(indices)):
-                    break                                       # nothing but broken files: `Run` stops at 1 %
                 i = (i + 1) % len(self)
             if image is None:
                 image = torch.zeros(3, 32, 32, dtype=torch.uint8)
@@ -171,9 +190,10 @@ class Folder:
         path = str(self.paths[i])
         try:
             from torchvision.io import ImageReadMode, decode_image, read_file
-            image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
-            if image.dtype == torch.uint8 and image.ndim == 3:
-                return image
+            if not path.lower().endswith(".webp"):              # whose EXIF orientation torchvision does not see
+                image = decode_image(read_file(path), ImageReadMode.RGB, apply_exif_orientation=True)
+                if image.dtype == torch.uint8 and image.ndim == 3:
+                    return image
         except (RuntimeError, ImportError):
             pass
         try:
@@ -197,7 +217,7 @@ DATA = ["shapes", *TORCHVISION]
 def load_data(name, root="data", split="train", device="cpu"):
     """The data set `name`, one of `DATA` or a directory; an `Images` or a `Folder`.
 
-    `split` is "train" and "val" (labelled) or "pretrain": all that may be learned from without labels, which is "train" for most, the
+    `split` is "train" and "val" (labelled) or "pretrain": all that may be learned from without labels, which is "train" for most, "train" and the
     unlabelled images for stl10, and every image below the directory where that has no class folders. A directory holds
     train/<class>/* and val/<class>/*. torchvision's sets lie in `root` and are downloaded into it if they are not there.
     Raises UserError when the data is not there or the directory has no labels for "train" and "val".
@@ -219,20 +239,20 @@ def _torchvision(name, root, split):
         options = dict(split={"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split])
     else:
         options = dict(train=split != "val")
-    make = lambda download: getattr(torchvision.datasets, kind)(root, download=download, **options)
-    try:
-        data = make(False)
-    except (RuntimeError, OSError):
+    make = lambda download=False: getattr(torchvision.datasets, kind)(root, download=download, **options)
+    if local_rank() == 0:
         try:
-            if rank() == 0:
+            make()
+        except (RuntimeError, OSError):
+            try:
                 with contextlib.redirect_stdout(sys.stderr):
-                    make(True)
-            if dist.is_initialized():
-                dist.barrier()
-            data = make(False)
-        except (RuntimeError, OSError) as e:
-            raise UserError(f"--data {name}: not found and could not be downloaded ({_first_line(e)}); "
-                            f"looked in {Path(root) / folder} for {files}") from None
+                    make(download=True)
+            except (RuntimeError, OSError) as e:
+                raise UserError(f"--data {name}: not found and could not be downloaded ({_first_line(e)}); "
+                                f"looked in {Path(root) / folder} for {files}") from None
+    if dist.is_initialized():
+        dist.barrier()
+    data = make()
     images = data.data if name == "stl10" else data.data.transpose(0, 3, 1, 2)
     return images, data.labels if name == "stl10" else data.targets
 
@@ -242,27 +262,38 @@ def _folder(directory, split):
     if not top.is_dir():
         raise UserError(f"--data {directory}: no such directory, and not one of {', '.join(DATA)}")
     part = top / ("val" if split == "val" else "train")
-    classes = sorted(d.name for d in part.iterdir() if d.is_dir()) if part.is_dir() else []
-    if classes:
-        found = [(p, label) for label, name in enumerate(classes) for p in _image_files(part / name)]
-    elif split == "pretrain":
-        found = [(p, None) for p in _image_files(part if part.is_dir() else top)]
+    classes = {name: label for label, name in enumerate(_class_folders(top / "train"))}
+    if split == "pretrain" and not classes:
+        part = part if part.is_dir() else top
+        found = [(p, None) for p in _image_files(part)]
     else:
-        raise UserError(f"--data {directory}: no labels; expected images in {part}{os.sep}<class>{os.sep}")
+        unknown = [name for name in _class_folders(part) if name not in classes]
+        if unknown:
+            raise UserError(f"--data {directory}: {part / unknown[0]} has no counterpart in {top / 'train'}")
+        found = [(p, classes[name]) for name in _class_folders(part) for p in _image_files(part / name)]
+        if not found:
+            raise UserError(f"--data {directory}: no labels; expected images in {part}{os.sep}<class>{os.sep}")
     if not found:
-        raise UserError(f"--data {directory}: no images ({', '.join(sorted(Folder.SUFFIXES))}) in {part if classes else top}")
+        raise UserError(f"--data {directory}: no images ({', '.join(sorted(Folder.SUFFIXES))}) in {part}")
     paths, labels = zip(*found)
     return Folder(paths, labels if classes else None)
 
 
+def _class_folders(part):
+    try:
+        return sorted(d.name for d in part.iterdir() if d.is_dir() and not d.name.startswith(".")) if part.is_dir() else []
+    except OSError as e:
+        raise UserError(f"{part}: {_first_line(e)}") from None
+
+
 def _image_files(top):
     return sorted(os.path.join(folder, f) for folder, _, files in os.walk(top, followlinks=True) for f in files
-                  if os.path.splitext(f)[1].lower() in Folder.SUFFIXES)
+                  if os.path.splitext(f)[1].lower() in Folder.SUFFIXES and not f.startswith("."))
 
 
 def has_labels(name):
     """Whether the data set can be asked for "train" and "val": all but a directory without class folders."""
-    return name in DATA or all((Path(name) / part).is_dir() and any(d.is_dir() for d in (Path(name) / part).iterdir()) for part in ("train", "val"))
+    return name in DATA or bool(_class_folders(Path(name) / "train") and _class_folders(Path(name) / "val"))
 
 
 # ---------------------------------------------------------------- 1. data: batches
@@ -309,7 +340,8 @@ class InOrder(torch.utils.data.Dataset):
 
     def __init__(self, data, crops, piece=256):
         self.data, self.crops = data, crops
-        self.pieces = torch.arange(rank(), len(data), world_size()).split(piece)
+        share = math.ceil(len(data) / world_size())             # as many for each: the last wrap around, and `_in_order` drops them
+        self.pieces = (torch.arange(share) * world_size() + rank()).remainder(len(data)).split(piece)
 
     def __len__(self):
         return len(self.pieces)
@@ -330,8 +362,18 @@ def stream(batches, steps, workers, device):
         yield [v.float() / 255 if v.dtype == torch.uint8 else v for v in views], indices, broken
 
 
+def note_broken(data, broken):
+    """Name each image that could not be read once. Raises UserError when they are more than 1 % of the data set."""
+    for i in broken:
+        if i not in data.broken:
+            data.broken.add(i)
+            say(f"cannot read {data.paths[i]}; another image takes its place ({len(data.broken)} broken so far)")
+    if broken and len(data.broken) > 0.01 * len(data):
+        raise UserError(f"{len(data.broken)} of {len(data)} images cannot be read, more than 1 %; the last is {data.paths[broken[-1]]}")
+
+
 def _start_worker(_):
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):   # the training process decides when to stop
+    for s in SIGNALS:                                           # the training process decides when to stop
         signal.signal(s, signal.SIG_IGN)
 
 
@@ -422,7 +464,7 @@ def crop_one(image, crop):
 
 # ---------------------------------------------------------------- 1. data: pixel operations
 # (N, 3, H, W) float32 in 0..1 -> the same, on the batch's device. Every image draws for itself, with probability `p` of being changed at all.
-# Decisions are drawn on the CPU, so that a GPU trains on the same views. None of them changes its input.
+# Numbers are drawn on the CPU, which never has to wait for a GPU to know them. None of them changes its input.
 
 def _by_pieces(function, x, *others):
     """On a CPU apply `function` to pieces of the batch that stay in its cache (several times faster), on a GPU to all of it."""
@@ -741,12 +783,18 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_rank():
+    """This process's number on this machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def say(message):
     """Print for a person, in one process only."""
     if rank() == 0:
         print(message, file=sys.stderr, flush=True)
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]      # Windows has no SIGUSR1
 _stop_signal, _stepping = None, False                           # the signal that asked this process to stop; whether `Run` will see to it
 
 
@@ -761,26 +809,27 @@ def _on_signal(number, _):
 
 def start():
     """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, or be the only one. Returns this process's device."""
-    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs here")
+    cuda = torch.cuda.is_available()
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}: there are only {torch.cuda.device_count()} GPUs here")
     if cuda:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank())
     if "RANK" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://"))           # torchrun's; after a restart it still holds the addresses of the dead
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":           # on one machine torchrun's store outlives a restart, with the addresses of the dead
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size())
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal ended the run, and all is saved."""
 
 
 def launch(main, args, stoppable=True):
     """Run `main(args, device)` in every process and exit: 0 when done, 2 after a UserError, 130 after Ctrl-C; and 0 after SIGTERM or SIGUSR1 where
     the program is `stoppable`, which a training run is: the same command goes on with it."""
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if stoppable else ():
+    for s in SIGNALS if stoppable else ():
         signal.signal(s, _on_signal)
     status = 0
     try:
@@ -791,11 +840,15 @@ def launch(main, args, stoppable=True):
         say(str(e))
         status = 130 if _stop_signal == signal.SIGINT else 0
     except UserError as e:
-        say(f"{Path(sys.argv[0]).name}: error: {e}")
+        if local_rank() == 0:                                   # not rank 0 alone: the mistake may be one machine's
+            print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         say("stopped at once")
         status = 130
+    except Exception:                                           # printed here, since on the way out the reading processes would be waited for
+        traceback.print_exc()
+        status = 1
     if dist.is_initialized():
         if status:                                              # others may be waiting for this process: do not wait for them
             sys.stdout.flush()
@@ -819,6 +872,22 @@ positive = lambda text: _number(float, 0, text)
 not_negative = lambda text: _number(float, 0, text, inclusive=True)
 count = lambda text: _number(int, 1, text, inclusive=True)
 whole = lambda text: _number(int, 0, text, inclusive=True)
+
+
+def seed(text):
+    """What torch and numpy take as one."""
+    value = whole(text)
+    if value >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 2 ** 63")
+    return value
+
+
+def share(text):
+    """A probability or a share of an area, in 0..1."""
+    value = not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 0..1")
+    return value
 
 
 def _arch(text):
@@ -862,9 +931,9 @@ class Parser(LineParser):
         add("--weight-decay", type=not_negative, help="of the optimizer")
         add("--warmup-epochs", type=not_negative, help="epochs of linear rise, before the cosine fall")
         add("--workers", type=whole, default=min(16, os.cpu_count() or 1), help="processes that read image files, for each training process")
-        add("--seed", type=whole, default=0, help="of everything that is drawn")
-        add("--precision", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32",
-            help="of the network; losses are float32")
+        add("--seed", type=seed, default=0, help="of everything that is drawn")
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        add("--precision", choices=["bf16", "fp32"], default="bf16" if bf16 else "fp32", help="of the network; losses are float32")
         add("--compile", action="store_true", help="torch.compile the model")
         add("--output", metavar="DIR", help="the run's folder; without it runs/<method>-<data>-<arch>")
         add("--knn-every", type=whole, help="epochs between measurements of kNN accuracy, 0: only at the end")
@@ -936,10 +1005,13 @@ class Run:
     def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), collapsed_loss=None):
         self.method, self.args, self.model, self.optimizer, self.batches = method, args, model, optimizer, batches
         self.collapsed_loss = collapsed_loss
-        self.input = dict(size=args.size, mean=list(mean), std=list(std))
+        self.input = dict(size=args.size, mean=list(mean), std=list(std), interpolation=batches.crops[0].interpolation)
         self.device = next(model.parameters()).device
         self.total = args.epochs * len(batches)
-        self.step, self.losses, self.broken, self.knn = 0, [], set(), None
+        self.labelled = has_labels(args.data)
+        if self.labelled:                                       # a mistake in the test data should not wait for the first measurement
+            load_data(args.data, args.root, "val", self.device)
+        self.step, self.losses, self.z_std, self.knn = 0, [], None, None
         self.folder = Path(args.output or f"runs/{method}-{Path(args.data).name}-{args.arch}")
         self.checkpoint, self.log_file = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
         try:
@@ -948,6 +1020,11 @@ class Run:
             raise UserError(f"--output {self.folder}: {_first_line(e)}") from None
         if self.checkpoint.exists():
             self._resume()
+        if world_size() > 1:
+            steps = [None] * world_size()
+            dist.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:
+                raise UserError(f"--output {self.folder}: the processes do not see the same checkpoint; it must lie on a disk that they share")
         if rank() == 0:
             self._trim_log()
 
@@ -960,24 +1037,31 @@ class Run:
                      if k not in self.FREE and now.get(k) != saved["args"].get(k)]
         if differing:
             raise UserError(f"{self.checkpoint}: made with other settings: {', '.join(differing)}; use the same or give another --output")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.losses, self.knn = saved["step"], saved["losses"], saved["knn"]
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.losses, self.lr, self.z_std, self.knn = (saved[k] for k in ("step", "losses", "lr", "z_std", "knn"))
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise UserError(f"{self.checkpoint}: made by another version of {self.method}.py ({_first_line(e)}); give another --output") from None
         say(f"going on from step {self.step} of {self.total} in {self.checkpoint}")
 
     def _save(self):
         self._settle_losses()
+        if not torch.stack([w.detach().float().norm() for w in self.model.parameters()]).isfinite().all():
+            raise UserError(f"the weights are not finite after step {self.step} at learning rate {self.lr:.3g}; try a lower --lr, longer "
+                            f"--warmup-epochs or --precision fp32. The last good checkpoint is in {self.folder}")
         if rank() == 0:
             content = dict(method=self.method, args=vars(self.args), epoch=self.step // len(self.batches), step=self.step,
                            encoder=self.model.encoder.state_dict(), encoder_config=self.model.encoder.config, input=self.input,
-                           model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), losses=self.losses, knn=self.knn)
+                           model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                           losses=self.losses, lr=self.lr, z_std=self.z_std, knn=self.knn)
             write_atomically(self.checkpoint, lambda f: torch.save(content, f))
 
     def _trim_log(self):
         """Drop the lines that were written after the checkpoint, and a line that a kill cut in two."""
         kept = []
         with contextlib.suppress(FileNotFoundError, ValueError):
-            for line in self.log_file.read_text().splitlines():
+            for line in self.log_file.read_text(errors="replace").splitlines():
                 if json.loads(line)["step"] > self.step:
                     break
                 kept.append(line + "\n")
@@ -988,6 +1072,10 @@ class Run:
     def __iter__(self):
         global _stepping
         _stepping = True                                        # from here on a signal waits for the end of the step
+        self._start_clock()
+        if self.losses and self._due()[0]:                      # ended between the last step's checkpoint and its log line
+            self._log_line(self._due()[1])
+            self._save()
         if self.step == self.total:
             say("this run is finished")
         ready = stream(self.batches, range(self.step, self.total), self.args.workers, self.device)
@@ -1012,12 +1100,17 @@ class Run:
         if rank() == 0 and not (self.folder / "views.png").exists():
             self._draw_views(views)
 
+    def _due(self):
+        """Whether a log line is due after this step, and whether kNN accuracy is."""
+        last, (epoch, within), every = self.step == self.total, divmod(self.step, len(self.batches)), self.args.knn_every
+        measure = self.labelled and (last or bool(every) and within == 0 and epoch % every == 0)
+        return last or measure or self.step % self.args.log_every == 0, measure
+
     def _after_step(self, stop):
-        last = self.step == self.total
-        epoch, within = divmod(self.step, len(self.batches))
-        every = self.args.knn_every
-        measure = has_labels(self.args.data) and (last or bool(every) and within == 0 and epoch % every == 0)
-        if last or measure or self.step % self.args.log_every == 0:
+        last, (log, measure) = self.step == self.total, self._due()
+        if last:
+            self._save()                                        # whatever becomes of the measurement
+        if log:
             self._log_line(measure)
         if last or stop or self.step % self.args.save_every == 0:
             self._save()
@@ -1027,26 +1120,23 @@ class Run:
 
     def _agree(self, broken):
         """Share among the processes whether one was asked to stop, and which images could not be read. Returns whether to stop after this step."""
-        stop, new = _stop_signal is not None, [int(i) for i in broken if i not in self.broken]
+        stop = _stop_signal is not None
         if world_size() > 1:
-            flags = torch.tensor([stop, len(new) > 0], dtype=torch.int32)
+            flags = torch.tensor([stop, len(broken) > 0], dtype=torch.int32)
             dist.all_reduce(flags)
             stop = bool(flags[0])
             if flags[1]:
                 everyones = [None] * world_size()
-                dist.all_gather_object(everyones, new)
-                new = [i for others in everyones for i in others]
-        for i in dict.fromkeys(new):
-            self.broken.add(i)
-            say(f"cannot read {self.batches.data.paths[i]}; another image takes its place ({len(self.broken)} broken so far)")
-        if len(self.broken) > 0.01 * len(self.batches.data):
-            raise UserError(f"--data {self.args.data}: {len(self.broken)} of {len(self.batches.data)} images cannot be read, more than 1 %")
+                dist.all_gather_object(everyones, broken)
+                broken = [i for others in everyones for i in others]
+        note_broken(self.batches.data, broken)
         return stop
 
     def _settle_losses(self):
-        """Turn the losses since the last log line into numbers, averaged over the processes; stop at the first that is not finite."""
+        """Turn what the steps since the last log line left into numbers, the losses averaged over the processes; stop at one that is not finite."""
         fresh = [i for i, loss in enumerate(self.losses) if torch.is_tensor(loss)]
         if fresh:
+            self.z_std = round(F.normalize(self.z.float(), dim=1).std(0).mean().item() * self.z.shape[1] ** 0.5, 4)
             values = torch.stack([self.losses[i].float() for i in fresh])
             if world_size() > 1:
                 dist.all_reduce(values)
@@ -1066,9 +1156,8 @@ class Run:
         self._settle_losses()
         seconds = max(1e-9, time.perf_counter() - self.clock)
         rate = (self.step - self.clock_step) * self.args.batch_size / seconds
-        z_std = F.normalize(self.z.float(), dim=1).std(0).mean().item() * self.z.shape[1] ** 0.5
         line = dict(epoch=self.step // len(self.batches), step=self.step, loss=sum(self.losses) / len(self.losses), lr=self.lr,
-                    images_per_second=round(rate, 1), waiting=round(self.waited / seconds, 4), z_std=round(z_std, 4))
+                    images_per_second=round(rate, 1), waiting=round(self.waited / seconds, 4), z_std=self.z_std)
         self.losses = []
         if self.collapsed_loss and self.step > len(self.batches) and abs(line["loss"] / self.collapsed_loss - 1) < 0.005:
             line["collapsed"] = True
@@ -1076,14 +1165,20 @@ class Run:
         if measure:
             line["knn"] = self.knn = round(self._measure_knn(), 2)
         if rank() == 0:
-            with open(self.log_file, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            try:
+                with open(self.log_file, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+            except OSError as e:
+                raise UserError(f"{self.log_file}: could not be written ({_first_line(e)}); the checkpoint before is as it was") from None
             self._progress(line, (self.total - self.step) * self.args.batch_size / max(rate, 1e-9))
             if measure or self.step == self.total:
                 self._draw_curves()
         self._start_clock()
 
     def _measure_knn(self):
+        if world_size() > 1:                                    # BatchNorm's running statistics may be each process's own
+            for buffer in self.model.encoder.buffers():
+                dist.broadcast(buffer, 0)
         bank, queries = (features(self.model.encoder, load_data(self.args.data, self.args.root, split, self.device), self.input, self.args.workers,
                                   self.args.precision) for split in ("train", "val"))
         return knn_accuracy(*bank, *queries)
@@ -1151,16 +1246,15 @@ def save_picture(figure, path):
 def features(encoder, data, input, workers=0, precision="fp32"):
     """`encoder` on the test crop of every image of `data`, BatchNorm in eval mode: h (n, D) float32 on the encoder's device and labels (n,), in order.
 
-    `input` is a checkpoint's: size, mean, std. Several processes share the work and all get the result.
+    `input` is a checkpoint's: size, mean, std, interpolation. Several processes share the work and all get the result.
     """
     device = next((p.device for p in encoder.parameters()), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     training = encoder.training
     encoder.eval()
-    pieces = InOrder(data, [CenterCrop(input["size"])])
+    pieces = InOrder(data, [CenterCrop(input["size"], interpolation=input["interpolation"])])
     h, used = [], []
     for (x,), indices, broken in stream(pieces, range(len(pieces)), workers, device):
-        for i in broken:
-            say(f"cannot read {data.paths[i]}; another image takes its place")
+        note_broken(data, broken)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             h.append(encoder(normalize(x, input["mean"], input["std"])).float())
         used.append(indices)
@@ -1173,10 +1267,8 @@ def _in_order(mine, n):
     """What each process has of every `world_size()`-th of n things -> all n, in every process."""
     if world_size() == 1:
         return mine
-    longest = math.ceil(n / world_size())
-    mine = torch.cat([mine, mine[:longest - len(mine)]]).contiguous()       # the last processes may be one short
     parts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(parts, mine)
+    dist.all_gather(parts, mine.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
 
@@ -1192,6 +1284,6 @@ def knn_accuracy(train_h, train_labels, h, labels, k=200, temperature=0.1):
     for queries, truth in zip(h.split(512), labels.split(512)):
         similarity, nearest = (queries @ train_h.T).topk(k)                                # (n, k)
         votes = torch.zeros(len(queries), classes, device=h.device)
-        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        votes.scatter_add_(1, train_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())      # relative to the nearest: no overflow
         right += (votes.argmax(1) == truth).sum().item()
     return 100 * right / len(h)

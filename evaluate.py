@@ -3,14 +3,15 @@
     python evaluate.py knn CHECKPOINT                       nearest neighbours on the features, no training
     python evaluate.py linear CHECKPOINT                    a linear classifier on the frozen features
     python evaluate.py linear CHECKPOINT --protocol moco    ... as another paper trains it
-    python evaluate.py knn CHECKPOINT --baseline random     the same encoder untrained; or --baseline pixels, no encoder at all
+    python evaluate.py knn CHECKPOINT --baseline random     the same encoder untrained, ordinarily initialised; or pixels, no encoder at all
 
 The data is the one that the checkpoint was trained on, or --data and --root. Everything is asked of h, the representation before the projector.
 Prints a table and, as the last line of stdout, one line of JSON. `linear` works under torchrun as well.
 
-Protocols of the linear probe: what the papers do differently is in PROTOCOLS, each row with its source. All train on random crops and flips and test on
-the central crop; `--no-augment` computes the features once instead, much faster and a little worse. Rates are per 256 images. In-memory data sets
-are too small for batches of 4096, so that without --batch-size theirs is 256 at most, and the rate goes with it.
+Protocols of the linear probe: what the papers do differently is in PROTOCOLS, each row with its source. All train on random crops and flips and
+test on the central crop; `--no-augment` computes the features once instead, much faster and a little worse. The cosine falls in every step, also where
+the original does it once an epoch. Rates are per 256 images. In-memory data sets are too small for batches of 4096, so that without --batch-size
+theirs is 256 at most, and the rate goes with it.
 """
 import copy, json, math
 from pathlib import Path
@@ -22,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import common
 
-PROTOCOLS = {
+PROTOCOLS = {         # lr: per 256 images; drops: the shares of the run after which the rate falls to a tenth (None: cosine to 0)
     "simclr": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),       # SimCLR paper, B.6
-    "moco": dict(epochs=100, batch_size=256, lr=30, nesterov=False, weight_decay=0, drops=(60, 80), larc=False, init=0.01),  # main_lincls.py
+    "moco": dict(epochs=100, batch_size=256, lr=30, nesterov=False, weight_decay=0, drops=(0.6, 0.8), larc=False, init=0.01),  # main_lincls.py
     "simsiam": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=False, weight_decay=0, drops=None, larc=True, init=0.01),   # main_lincls.py; paper: 0.02
     "byol": dict(epochs=80, batch_size=1024, lr=0.2, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),         # repository; paper: a sweep
     "swav": dict(epochs=100, batch_size=256, lr=0.3, nesterov=False, weight_decay=1e-6, drops=None, larc=False, init=0.01),  # eval_linear.py
@@ -107,7 +108,8 @@ def linear(args, device):
     name, train, val = load_splits(args, checkpoint, device)
     if args.batch_size is None:
         protocol["batch_size"] = min(protocol["batch_size"], len(train), 4096 if train.in_workers else 256)
-    batches = common.Batches(train, [common.Crop(1, checkpoint["input"]["size"], (0.08, 1.0))], protocol["batch_size"], args.seed)
+    crop = common.Crop(1, checkpoint["input"]["size"], (0.08, 1.0), interpolation=checkpoint["input"]["interpolation"])
+    batches = common.Batches(train, [crop], protocol["batch_size"], args.seed)
     total = protocol["epochs"] * len(batches)
 
     torch.manual_seed(args.seed)
@@ -125,11 +127,11 @@ def linear(args, device):
     else:
         bank, labels = common.features(encoder, train, checkpoint["input"], args.workers, args.precision)
     for step in range(total):
-        epoch = step / len(batches)
-        fall = (1 + math.cos(math.pi * step / total)) / 2 if protocol["drops"] is None else 0.1 ** sum(int(epoch) >= e for e in protocol["drops"])
+        fall = (1 + math.cos(math.pi * step / total)) / 2 if protocol["drops"] is None else 0.1 ** sum(step >= d * total for d in protocol["drops"])
         optimizer.param_groups[0]["lr"] = protocol["lr"] * protocol["batch_size"] / 256 * fall
         if args.augment:
-            (x,), indices, _ = next(ready)
+            (x,), indices, broken = next(ready)
+            common.note_broken(train, broken)
             common.seed_all(args.seed, step, common.rank(), 1)
             x = common.normalize(common.flip(x), checkpoint["input"]["mean"], checkpoint["input"]["std"])
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -210,7 +212,7 @@ def parse_args(argv=None):
         add("--root", help="where the named data sets lie; default: as in training")
         add("--baseline", choices=["random", "pixels"], help="ask an untrained encoder, or the pixels, instead")
         add("--workers", type=common.whole, default=2, help="processes that read image files (default 2)")
-        add("--seed", type=common.whole, default=0)
+        add("--seed", type=common.seed, default=0, help="of the probe, the crops and the random baseline")
         add("--precision", choices=["bf16", "fp32"], default="fp32")
         add("--output", metavar="DIR", help="where the picture goes; default: beside the checkpoint")
         if task == "knn":

@@ -233,7 +233,7 @@ def train(args, device):
         if args.version == 1:                                                # a tenth after 60 % and after 80 % of the epochs: 120 and 160 of 200
             lr = peak_lr * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
         else:
-            lr = peak_lr * (step + 1) / warmup if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+            lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -265,15 +265,15 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__, recipes, argv)
     parser.add_argument("--version", type=int, choices=[1, 2], help="1: linear head, first augmentation, rate in steps; 2: MLP head, blur, cosine")
     parser.add_argument("--temperature", type=common.positive, help="of the softmax, tau")
-    parser.add_argument("--ema-momentum", type=common.not_negative, help="of the key network, m")
+    parser.add_argument("--ema-momentum", type=common.share, help="of the key network, m")
     parser.add_argument("--queue-size", type=common.count, help="keys that wait, K; a multiple of the batch")
     parser.add_argument("--dim", type=common.count, help="width of the projection")
     parser.add_argument("--bn-splits", type=common.count, help="parts of a process's batch that BatchNorm sees apart")
     parser.add_argument("--symmetric", action="store_true", help="let each view be the query once, the losses added")
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], help="the paper's is sgd")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1)")
-    parser.add_argument("--blur", type=common.not_negative, help="probability of the Gaussian blur, in version 2")
-    parser.add_argument("--min-scale", type=common.positive, help="smallest share of the image's area that a crop has")
+    parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur, in version 2")
+    parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
     return parser.parse()
 
 

@@ -16,15 +16,17 @@ Notation. N images in the batch of one process, W processes.
 
 Start value ln(2NW - 1) = 9.01 at a batch of 4096; the loss falls from there and never comes near 0.
 
-Published: ImageNet, ResNet-50, batch 4096: linear probe 64.5 % after 100 epochs (appendix B), 69.3 % after 1000 (table 6). CIFAR-10, ResNet-50: 94.0 % (B.9).
+Published: ImageNet, ResNet-50, batch 4096: linear probe 64.5 % after 100 epochs (table 1), 69.3 % after 1000
+(table 6). CIFAR-10, ResNet-50: 94.0 % (B.9).
 Ours: see the README for measured runs. ImageNet: not run yet.
 
 Differs from the paper:
     - The projector follows the official code, which normalises both layers (the last without an offset); the paper's formula has no norm.
-    - Crops are drawn as torchvision draws them (area uniform); the official code draws the height uniformly (TensorFlow).
-    - The order of the colour operations is drawn for every 64 images instead of for each.
-    - The official code's loss is the sum over the two orders, twice this one. LARS takes no notice, save for biases and norms.
-    - The recipe for the embedded `shapes` is ours: a narrow network, small batches and few epochs.
+    - Crops are drawn as torchvision draws them (area uniform, aspect ratio log-uniform); the official code draws the height and the aspect uniformly.
+    - The order of the colour operations is drawn for every 64 images instead of for each. The blur mirrors the border, the official one pads zeros.
+    - The official code's loss is the sum over the two orders, twice this one: with LARS that only halves the share of the decay, and doubles
+      the steps of biases and norms.
+    - The recipe for the embedded `shapes` is ours: a narrow ResNet-10, small batches and few epochs.
 
 Usage:
     python simclr.py                                                              two minutes on two CPU cores
@@ -42,12 +44,12 @@ import common
 
 IMAGENET = dict(
     arch="resnet50", stem="imagenet", size=224,
-    epochs=100, batch_size=4096,     # section 2.2, Default setting
-    lr=0.3, lr_scaling="linear",     # 4.8 = 0.3 * 4096 / 256 (2.2); "sqrt" is 0.075 * sqrt(4096), the same (B.1)
-    weight_decay=1e-6,               # 2.2; the official README uses 1e-4
-    warmup_epochs=10,                # 2.2
+    epochs=100, batch_size=4096,     # section 2.3, Default setting
+    lr=0.3, lr_scaling="linear",     # 4.8 = 0.3 * 4096 / 256 (2.3); "sqrt" is 0.075 * sqrt(4096), the same (B.1)
+    weight_decay=1e-6,               # 2.3; the official README uses 1e-4
+    warmup_epochs=10,                # 2.3
     temperature=0.1,                 # official run.py; table 5: 64.4 % with 0.1, 60.7 % with 0.5
-    head="nonlinear", dim=128,       # 2.1, 4.2
+    head="nonlinear", dim=128,       # 4.2, 2.3
     color_strength=1.0, blur=0.5,    # appendix A
     min_scale=0.08,                  # appendix A
     knn_every=0,
@@ -146,7 +148,7 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-# ------------------------------------------------------------------------------------------------ training (Algorithm 1, section 2.2)
+# ------------------------------------------------------------------------------------------------ training (Algorithm 1, sections 2.2 and 2.3)
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
@@ -171,7 +173,7 @@ def train(args, device):
     warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
 
     for step, (x1, x2), indices in run:
-        lr = peak_lr * (step + 1) / warmup if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -195,8 +197,8 @@ def parse_args(argv=None):
     parser.add_argument("--head", choices=["nonlinear", "linear", "none"], help="the projector, section 4.2")
     parser.add_argument("--dim", type=common.count, help="width of the projection")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, s of appendix A")
-    parser.add_argument("--blur", type=common.not_negative, help="probability of the Gaussian blur")
-    parser.add_argument("--min-scale", type=common.positive, help="smallest share of the image's area that a crop has")
+    parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur")
+    parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
     parser.add_argument("--lr-scaling", choices=["linear", "sqrt"], help="lr * batch / 256, or lr * sqrt(batch) / 4 (B.1)")
     return parser.parse()
 

@@ -146,7 +146,7 @@ def train(args, device):
     warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
 
     for step, (x1, x2), indices in run:
-        lr = peak_lr * (step + 1) / warmup if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         optimizer.param_groups[0]["lr"] = lr
         if args.with_predictor:
             optimizer.param_groups[1]["lr"] = peak_lr                        # the predictor's rate does not fall: section 4.2
@@ -171,8 +171,8 @@ def parse_args(argv=None):
     parser.add_argument("--dim", type=common.count, help="width of the projection")
     parser.add_argument("--hidden", type=common.count, help="width of the predictor's bottleneck")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1)")
-    parser.add_argument("--blur", type=common.not_negative, help="probability of the Gaussian blur")
-    parser.add_argument("--min-scale", type=common.positive, help="smallest share of the image's area that a crop has")
+    parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur")
+    parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
     parser.add_argument("--no-stop-gradient", dest="stop_gradient", action="store_false", help="let the gradient into z: collapses, section 4.1")
     parser.add_argument("--no-predictor", dest="with_predictor", action="store_false", help="compare z itself: collapses, section 4.2")
     return parser.parse()

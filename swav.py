@@ -242,11 +242,11 @@ def parse_args(argv=None):
     parser.add_argument("--queue-start", type=common.not_negative, help="epoch from which the queue is filled")
     parser.add_argument("--small-crops", type=common.whole, help="how many small crops besides the two large ones")
     parser.add_argument("--small-size", type=common.count, help="side of the small crops in pixels")
-    parser.add_argument("--small-scale", type=common.positive, help="smallest share of the image's area that a small crop has; the largest is --min-scale")
+    parser.add_argument("--small-scale", type=common.share, help="smallest share of the image's area that a small crop has; the largest is --min-scale")
     parser.add_argument("--optimizer", choices=["larc", "adamw"], help="the paper's is larc: SGD with layer-wise adaptive rates")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.8, 0.8, 0.8, 0.2)")
-    parser.add_argument("--blur", type=common.not_negative, help="probability of the Gaussian blur")
-    parser.add_argument("--min-scale", type=common.positive, help="smallest share of the image's area that a large crop has")
+    parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur")
+    parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a large crop has")
     return parser.parse()
 
 

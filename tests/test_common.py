@@ -1,5 +1,5 @@
 """common.py: every operation against torchvision or a slow reference, the data, the networks, the optimiser, the files."""
-import functools, hashlib, itertools, math, os, pickle, time
+import functools, hashlib, itertools, math, os, pickle, shutil, time
 
 import numpy as np
 import pytest
@@ -321,7 +321,7 @@ def folder(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
     exif = Image.Exif()
     exif[0x0112] = 6                                            # shown turned clockwise by 90 degrees
-    files = {"train/a/plain.png": image, "train/a/photo.JPG": image, "train/a/web.webp": image, "train/a/turned.jpeg": image.rotate(90, expand=True),
+    files = {"train/a/plain.png": image, "train/a/photo.JPG": image, "train/a/web.webp": image, "train/a/turned.jpeg": image.rotate(90, expand=True), "train/a/turned.webp": image.rotate(90, expand=True),
              "train/b/cmyk.jpg": image.convert("CMYK"), "train/b/palette.png": image.convert("P", palette=Image.ADAPTIVE, colors=256),
              "train/b/gray.png": image.convert("L"), "train/b/alpha.png": image.convert("RGBA"), "train/b/gray16.png":
              Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "val/a/x.bmp": image, "val/b/y.gif": image}
@@ -335,7 +335,7 @@ def folder(tmp_path):
 def test_every_kind_of_file_comes_out_as_rgb(folder):
     top, rgb = folder
     data = common.load_data(str(top), split="train")
-    assert len(data) == 9 and data.labels.tolist() == [0] * 4 + [1] * 5
+    assert len(data) == 10 and data.labels.tolist() == [0] * 5 + [1] * 5
     gray = TF.rgb_to_grayscale(rgb, 3)
     for i, path in enumerate(data.paths):
         image = data.read(i)
@@ -357,6 +357,16 @@ def test_folder_without_classes_and_bad_folders(folder, tmp_path):
         common.load_data(str(tmp_path / "empty"), split="pretrain")
     with pytest.raises(common.UserError, match="no such directory"):
         common.load_data(str(tmp_path / "missing"), split="pretrain")
+
+
+def test_classes_of_val_are_those_of_train(folder):
+    top, _ = folder
+    shutil.rmtree(top / "val" / "a")
+    assert common.load_data(str(top), split="val").labels.tolist() == [1]
+    (top / "val" / "c").mkdir()
+    common.load_data.cache_clear()
+    with pytest.raises(common.UserError, match="val/c has no counterpart"):
+        common.load_data(str(top), split="val")
 
 
 def test_folder_batches_are_the_same_with_and_without_workers(folder):

@@ -173,6 +173,8 @@ def test_signal_to_one_of_two_processes_stops_both_and_torchrun_restarts_go_on(f
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--temperature", "0"], ["--temperature", "above 0"]),
     (["--seed", "-3"], ["--seed", "at least 0"]),
+    (["--seed", "18446744073709551616"], ["--seed", "below 2 ** 63"]),
+    (["--min-scale", "2"], ["--min-scale", "not a number in 0..1"]),
     (["--colour", "1"], ["--colour"]),
 ])
 def test_bad_flags_take_one_line(args, words, capsys):
