@@ -25,7 +25,7 @@ Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
     - The target starts as a copy of the online network; the official code draws it anew and saw no difference.
-    - Brightness is a factor, as in torchvision, where the official code adds an offset; the order of the colour operations is drawn for every 64 images.
+    - Brightness is a factor, as in torchvision; the official code adds an offset. The order of the colour operations is drawn for every 64 images.
     - The classifier that the official code trains beside it is left out: evaluate.py trains one afterwards.
     - The recipes for small images are ours.
 
@@ -73,7 +73,8 @@ SHAPES = dict(SMALL,                                 # our own, for two minutes 
     min_scale=0.4,                                   # smaller crops often miss the object
     knn_every=4,
 )
-RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET, "imagenet-100": IMAGENET_100, "imagenet-300": IMAGENET, "imagenet-1000": IMAGENET_1000}
+RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET,
+           "imagenet-100": IMAGENET_100, "imagenet-300": IMAGENET, "imagenet-1000": IMAGENET_1000}
 
 
 # ------------------------------------------------------------------------------------------------ augmentation (appendix B, table 6)
@@ -160,7 +161,10 @@ def train(args, device):
     warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
 
     for step, (x1, x2), indices in run:
-        lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        if step < warmup:
+            lr = peak_lr * min(1, (step + 1) / warmup)
+        else:
+            lr = peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
         ema_momentum = 1 - (1 - args.ema_momentum) * (math.cos(math.pi * step / total) + 1) / 2       # section 3.2
@@ -168,7 +172,7 @@ def train(args, device):
         x1, x2 = augment(x1, args.color_strength, args.blur1, 0), augment(x2, args.color_strength, args.blur2, args.solarize2)
         optimizer.zero_grad()
         loss = 0
-        for v1, v2 in zip(x1.chunk(args.accumulate), x2.chunk(args.accumulate)):             # appendix on small batches: average gradients, then step once
+        for v1, v2 in zip(x1.chunk(args.accumulate), x2.chunk(args.accumulate)):             # small batches: average gradients, then step once
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 p1, p2, target1, target2, z1 = network(v1, v2)               # (N, d) each
             part = (regression_loss(p1, target2) + regression_loss(p2, target1)) / args.accumulate

@@ -1042,7 +1042,7 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.losses, self.lr, self.z_std, self.knn = (saved[k] for k in ("step", "losses", "lr", "z_std", "knn"))
         except (KeyError, ValueError, RuntimeError) as e:
-            raise UserError(f"{self.checkpoint}: made by another version of {self.method}.py ({_first_line(e)}); give another --output") from None
+            raise UserError(f"{self.checkpoint}: from another version of {self.method}.py ({_first_line(e)}); give another --output") from None
         say(f"going on from step {self.step} of {self.total} in {self.checkpoint}")
 
     def _save(self):
@@ -1244,7 +1244,7 @@ def save_picture(figure, path):
 
 @torch.no_grad()
 def features(encoder, data, input, workers=0, precision="fp32"):
-    """`encoder` on the test crop of every image of `data`, BatchNorm in eval mode: h (n, D) float32 on the encoder's device and labels (n,), in order.
+    """`encoder` on the test crop of every image of `data`, BatchNorm in eval mode: h (n, D) float32 and labels (n,) on its device, in order.
 
     `input` is a checkpoint's: size, mean, std, interpolation. Several processes share the work and all get the result.
     """
@@ -1284,6 +1284,7 @@ def knn_accuracy(train_h, train_labels, h, labels, k=200, temperature=0.1):
     for queries, truth in zip(h.split(512), labels.split(512)):
         similarity, nearest = (queries @ train_h.T).topk(k)                                # (n, k)
         votes = torch.zeros(len(queries), classes, device=h.device)
-        votes.scatter_add_(1, train_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())      # relative to the nearest: no overflow
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()                   # relative to the nearest: no overflow
+        votes.scatter_add_(1, train_labels[nearest], weights)
         right += (votes.argmax(1) == truth).sum().item()
     return 100 * right / len(h)

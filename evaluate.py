@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 
 PROTOCOLS = {         # lr: per 256 images; drops: the shares of the run after which the rate falls to a tenth (None: cosine to 0)
-    "simclr": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),       # SimCLR paper, B.6
-    "moco": dict(epochs=100, batch_size=256, lr=30, nesterov=False, weight_decay=0, drops=(0.6, 0.8), larc=False, init=0.01),  # main_lincls.py
-    "simsiam": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=False, weight_decay=0, drops=None, larc=True, init=0.01),   # main_lincls.py; paper: 0.02
-    "byol": dict(epochs=80, batch_size=1024, lr=0.2, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),         # repository; paper: a sweep
-    "swav": dict(epochs=100, batch_size=256, lr=0.3, nesterov=False, weight_decay=1e-6, drops=None, larc=False, init=0.01),  # eval_linear.py
+    "simclr": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),          # SimCLR paper, B.6
+    "moco": dict(epochs=100, batch_size=256, lr=30, nesterov=False, weight_decay=0, drops=(0.6, 0.8), larc=False, init=0.01),   # main_lincls.py
+    "simsiam": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=False, weight_decay=0, drops=None, larc=True, init=0.01),      # main_lincls.py
+    "byol": dict(epochs=80, batch_size=1024, lr=0.2, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),            # official code
+    "swav": dict(epochs=100, batch_size=256, lr=0.3, nesterov=False, weight_decay=1e-6, drops=None, larc=False, init=0.01),     # eval_linear.py
 }
 
 
@@ -81,9 +81,11 @@ def draw_neighbours(args, checkpoint, train, val, bank, labels, h, truth, column
     """A row for each of the first ten classes: a test image and its nearest training images, those of another class framed in red."""
     queries = torch.stack([(truth == c).nonzero()[0, 0] for c in truth.unique()[:10]])
     nearest = (F.normalize(h[queries], dim=1) @ F.normalize(bank, dim=1).T).topk(min(columns, len(bank)), 1).indices
-    show = lambda data, i: data.crop(i.cpu(), [common.CenterCrop(checkpoint["input"]["size"])], 0)[0][0].float().cpu() / (255 if data.in_workers else 1)
+    crop = [common.CenterCrop(checkpoint["input"]["size"], interpolation=checkpoint["input"]["interpolation"])]
+    show = lambda data, i: data.crop(i.cpu(), crop, 0)[0][0].float().cpu() / (255 if data.in_workers else 1)
     plt = common.pyplot()
-    figure, axes = plt.subplots(len(queries), 1 + nearest.shape[1], figsize=(0.8 * (1 + columns), 0.8 * len(queries) + 0.3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(queries), 1 + nearest.shape[1], figsize=(0.6 * (1 + columns), 0.6 * len(queries) + 0.2), squeeze=False,
+                                layout="constrained")
     for q, i, row in zip(queries, nearest, axes):
         for j, (image, ax) in enumerate(zip(torch.cat([show(val, q[None]), show(train, i)]), row)):
             ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
@@ -127,7 +129,10 @@ def linear(args, device):
     else:
         bank, labels = common.features(encoder, train, checkpoint["input"], args.workers, args.precision)
     for step in range(total):
-        fall = (1 + math.cos(math.pi * step / total)) / 2 if protocol["drops"] is None else 0.1 ** sum(step >= d * total for d in protocol["drops"])
+        if protocol["drops"] is None:
+            fall = (1 + math.cos(math.pi * step / total)) / 2
+        else:
+            fall = 0.1 ** sum(step >= share * total for share in protocol["drops"])
         optimizer.param_groups[0]["lr"] = protocol["lr"] * protocol["batch_size"] / 256 * fall
         if args.augment:
             (x,), indices, broken = next(ready)

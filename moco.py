@@ -27,7 +27,7 @@ Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the papers:
     - The order of the colour operations is drawn for every 64 images instead of for each.
-    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and AdamW, which in so few steps gets further than SGD.
+    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and AdamW, which gets further in so few steps.
 
 Usage:
     python moco.py                                                                two minutes on two CPU cores
@@ -206,8 +206,9 @@ def info_nce(q, k, queue, temperature):
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
     batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0))], args.batch_size, args.seed)
-    if args.queue_size % (args.batch_size * (2 if args.symmetric else 1)):
-        raise common.UserError(f"--queue-size {args.queue_size}: not a multiple of the {args.batch_size * (2 if args.symmetric else 1)} keys of a step")
+    keys = args.batch_size * (2 if args.symmetric else 1)
+    if args.queue_size % keys:
+        raise common.UserError(f"--queue-size {args.queue_size}: not a multiple of the {keys} keys of a step")
     if args.batch_size // common.world_size() % args.bn_splits:
         raise common.UserError(f"--bn-splits {args.bn_splits}: does not divide the {args.batch_size // common.world_size()} images of a process")
 
@@ -232,8 +233,10 @@ def train(args, device):
     for step, (x1, x2), indices in run:
         if args.version == 1:                                                # a tenth after 60 % and after 80 % of the epochs: 120 and 160 of 200
             lr = peak_lr * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
+        elif step < warmup:
+            lr = peak_lr * min(1, (step + 1) / warmup)
         else:
-            lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+            lr = peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
 

@@ -173,7 +173,10 @@ def train(args, device):
     warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
 
     for step, (x1, x2), indices in run:
-        lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        if step < warmup:
+            lr = peak_lr * min(1, (step + 1) / warmup)
+        else:
+            lr = peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
 

@@ -17,12 +17,13 @@ Notation. N images in the batch of one process.
 Start value 0; the loss falls towards -1. It says nothing about the quality: -1 is also what a collapsed network reaches. Watch `z_std`, about 1 in
 health and 0 after a collapse.
 
-Published: ImageNet, ResNet-50: linear probe 68.1 % after 100 epochs (batch 512), 71.3 % after 800 (table 4). CIFAR-10, ResNet-18: 91.8 % (appendix D).
+Published: ImageNet, ResNet-50: linear probe 68.1 % after 100 epochs (batch 512), 71.3 % after 800 (table 4). CIFAR-10, ResNet-18: 91.8 %
+(appendix D).
 Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
     - The order of the colour operations is drawn for every 64 images instead of for each.
-    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and LARS, which in so few steps gets further than SGD.
+    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and LARS, which gets further in so few steps.
 
 Usage:
     python simsiam.py                                                             two minutes on two CPU cores
@@ -146,7 +147,10 @@ def train(args, device):
     warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
 
     for step, (x1, x2), indices in run:
-        lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        if step < warmup:
+            lr = peak_lr * min(1, (step + 1) / warmup)
+        else:
+            lr = peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         optimizer.param_groups[0]["lr"] = lr
         if args.with_predictor:
             optimizer.param_groups[1]["lr"] = peak_lr                        # the predictor's rate does not fall: section 4.2

@@ -20,7 +20,8 @@ Notation. N images in the batch of one process, W processes.
 Start value ln K = 8.006 for 3000 prototypes. A loss that stays there is a collapse (all images have the same code), and the log says so: a smaller
 --epsilon (0.03) or a longer --freeze-epochs helps.
 
-Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96, batch 4096: linear probe 72.1 / 73.9 / 74.6 / 75.3 % after 100 / 200 / 400 / 800 epochs (official README).
+Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96, batch 4096: linear probe 72.1 / 73.9 / 74.6 / 75.3 % after 100 / 200 / 400 / 800 epochs
+(official README).
 Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
@@ -138,8 +139,8 @@ def gather(z):
 def sinkhorn(scores, epsilon, iterations):
     """Codes: the assignment of samples to prototypes that uses all prototypes equally (equations 3 to 5; Sinkhorn-Knopp, `iterations` rounds).
 
-    scores (B, K), any float type -> (B, K) float32 (float64 from float64), rows sum to 1. Over several processes, each with B samples, the equal shares
-    are those of all samples together. Works on logarithms, so that no score is too large.
+    scores (B, K), any float type -> (B, K) float32 (float64 from float64), rows sum to 1. Over several processes, each with B samples, the equal
+    shares are those of all samples together. Works on logarithms, so that no score is too large.
     """
     log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
     for _ in range(iterations):

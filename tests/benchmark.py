@@ -6,10 +6,10 @@ the machine's mood hits both alike. Other libraries are compared with when they 
 (a) two augmented views of 32x32 images in memory: ours, in whole batches, against torchvision's transforms on Pillow images one by one, as the
     official repositories do it; one thread, one process. Policy: SimCLR's for CIFAR (strength 0.5, no blur), and with strength 1 and blur.
 (b) what loading costs at 224 from JPEG files, two workers: ours decodes and crops to uint8 (colour and blur are left to the device), theirs does it all.
-(c) a whole training step (batch, augmentation, log and all, by `simclr.train` itself) against the bare model: forward, loss, backward and optimiser on
-    one fixed batch. A ResNet-18 as for CIFAR; CPU, or the GPU where there is one. At most 1.05 on a CPU, 1.15 on a GPU.
+(c) a whole training step, by the script's own `train`, against the same with one fixed batch, no augmentation and no books: forward, loss, backward
+    and optimiser. A ResNet-18 as for CIFAR; CPU, or the GPU where there is one. At most 1.05 on a CPU, 1.15 on a GPU.
 """
-import argparse, os, statistics, sys, tempfile, time
+import argparse, importlib, os, statistics, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-import simclr
+import simclr                                                   # whose augmentation (a) measures
 
+SCRIPTS = ["simclr", "moco", "byol", "simsiam", "swav"]
 POLICIES = {"strength 0.5": (0.5, 0.0), "strength 1, blur": (1.0, 0.5)}
 
 
@@ -33,7 +34,8 @@ class PillowBlur:
 
 
 def pillow_pipeline(size, strength, blur):
-    steps = [T.RandomResizedCrop(size), T.RandomApply([T.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)], p=0.8), T.RandomGrayscale(p=0.2)]
+    jitter = T.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
+    steps = [T.RandomResizedCrop(size), T.RandomApply([jitter], p=0.8), T.RandomGrayscale(p=0.2)]
     return T.Compose([*steps, *([T.RandomApply([PillowBlur()], p=blur)] if blur else []), T.RandomHorizontalFlip(), T.ToTensor(),
                       T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
@@ -52,7 +54,7 @@ def compare(rounds, competitors):
 
 def row(what, rates, ours, theirs, unit, goal):
     ratio = statistics.median(a / b for a, b in zip(rates[ours], rates[theirs]))
-    print(f"{what:52} {statistics.median(rates[ours]):9.0f} {statistics.median(rates[theirs]):9.0f} {unit:9} {ratio:7.2f} x   {goal}", flush=True)
+    print(f"{what:62} {statistics.median(rates[ours]):9.0f} {statistics.median(rates[theirs]):9.0f} {unit:9} {ratio:7.2f} x   {goal}", flush=True)
     return ratio
 
 
@@ -69,8 +71,9 @@ def other_libraries(size, strength, blur):
         from solo.data.pretrain_dataloader import build_transform_pipeline
         jitter = dict(prob=0.8, brightness=0.8 * strength, contrast=0.8 * strength, saturation=0.8 * strength, hue=0.2 * strength)
         one = build_transform_pipeline("cifar10" if size == 32 else "imagenet", OmegaConf.create(dict(
-            rrc=dict(enabled=True, crop_min_scale=0.08, crop_max_scale=1.0), color_jitter=jitter, grayscale=dict(prob=0.2), gaussian_blur=dict(prob=blur),
-            solarization=dict(prob=0.0), equalization=dict(prob=0.0), horizontal_flip=dict(prob=0.5), crop_size=size)))
+            rrc=dict(enabled=True, crop_min_scale=0.08, crop_max_scale=1.0), color_jitter=jitter, grayscale=dict(prob=0.2),
+            gaussian_blur=dict(prob=blur), solarization=dict(prob=0.0), equalization=dict(prob=0.0), horizontal_flip=dict(prob=0.5),
+            crop_size=size)))
         found["solo-learn"] = lambda image: [one(image), one(image)]
     except ImportError:
         pass
@@ -90,7 +93,8 @@ def augmentation(rounds):
 
         pipeline = pillow_pipeline(32, strength, blur)
         others = {"Pillow": lambda: len([pipeline(i) for i in pillow for _ in range(2)])}
-        others |= {k: lambda f=f: 2 * len([f(i) for i in pillow]) for k, f in other_libraries(32, strength, blur).items()}
+        libraries = other_libraries(32, strength, blur)
+        others |= {k: lambda f=f: 2 * len([f(i) for i in pillow]) for k, f in libraries.items()}
         rates = compare(rounds, {"ours": ours, **others})
         for other in others:
             row(f"(a) views at 32x32, {name}, against {other}", rates, "ours", other, "views/s", "at least 10" if other == "Pillow" else "")
@@ -133,73 +137,76 @@ def loading(rounds, directory, images=512, workers=2, batch=32):
         row(f"(b) loading at 224, {workers} workers, against {other}", rates, "ours", other, "views/s", "at least 4" if other == "Pillow" else "")
 
 
-class Enough(Exception):
-    pass
+class Timed(common.Run):
+    """A run that notes when its second and its last but one step are over."""
+
+    def __iter__(self):
+        for item in super().__iter__():
+            yield item
+            note(self, item[0], self.total)
 
 
-def step(rounds):
-    """Alternates stretches of `simclr.train` with as many bare steps of the same model on a fixed batch."""
+class Bare:
+    """In place of `common.Run`: one fixed batch again and again, no books."""
+
+    def __init__(self, method, args, model, optimizer, batches, *_, **__):
+        self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in batches[0][0]]
+        self.total = args.epochs * len(batches)
+
+    def __iter__(self):
+        for step in range(self.total):
+            yield step, self.crops, None
+            note(self, step, self.total)
+
+    def log(self, *_):
+        pass
+
+
+def note(run, step, total):
+    if step in (1, total - 2):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if step == 1:
+            run.__class__.start = time.perf_counter()
+        else:
+            run.__class__.seconds = (time.perf_counter() - run.__class__.start) / (total - 3)
+
+
+def step(rounds, script):
+    """`train` as it is, and `train` with a fixed batch, no augmentation and no books, in turn."""
     gpu = torch.cuda.is_available()
-    batch, stretch = (512, 50) if gpu else (64, 3)
+    batch, steps = (512, 60) if gpu else (32, 8)
     device = torch.device("cuda" if gpu else "cpu")
-    wait = torch.cuda.synchronize if gpu else lambda: None
-    data = common.Images(np.random.default_rng(0).integers(0, 256, (10240, 3, 32, 32), dtype=np.uint8), None, device)
-    load, common.load_data = common.load_data, lambda *_: data
-    labelled, common.has_labels = common.has_labels, lambda _: False
-    with tempfile.TemporaryDirectory() as folder:
-        args = simclr.parse_args(["--recipe", "small", "--batch-size", str(batch), "--epochs", "1000", "--save-every", "1000000", "--output", folder])
-        model = simclr.SimCLR(args.arch, args.stem, args.head, args.dim).to(device, memory_format=torch.channels_last)
-        optimizer = common.LARS(model.parameters(), lr=0.1, weight_decay=1e-4)
-        x = torch.rand(2 * batch, 3, 32, 32, device=device)
-
-        def bare():
-            for _ in range(stretch):
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    z1, z2 = model(x).chunk(2)
-                loss = simclr.nt_xent(z1, z2, 0.5)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            wait()
-
-        times = {"whole": [], "bare": []}
-        original, marks = common.Run._after_step, dict(steps=0, start=None)
-
-        def after_step(run, stop):                              # in the run's own loop: every `stretch` steps, time it and then the bare model
-            original(run, stop)
-            marks["steps"] += 1
-            if marks["steps"] % stretch == 0:
-                wait()
-                if marks["start"] is not None:
-                    times["whole"].append(time.perf_counter() - marks["start"])
-                if len(times["whole"]) == rounds + 1:
-                    raise Enough
-                start = time.perf_counter()
-                bare()
-                times["bare"].append(time.perf_counter() - start)
-                marks["start"] = time.perf_counter()
-
-        common.Run._after_step = after_step
-        try:
-            simclr.train(args, device)
-        except Enough:
-            pass
-        finally:
-            common.Run._after_step, common.load_data, common.has_labels = original, load, labelled
-    rates = {k: [2 * batch * stretch / t for t in v[1:]] for k, v in times.items()}
-    ratio = statistics.median(b / a for a, b in zip(rates["whole"], rates["bare"]))
-    print(f"{f'(c) step of SimCLR, ResNet-18, batch {batch}, {device.type} {args.precision}: whole / bare':52} {statistics.median(rates['whole']):9.0f} "
-          f"{statistics.median(rates['bare']):9.0f} views/s   {ratio:7.3f}     at most {1.15 if gpu else 1.05}", flush=True)
+    data = common.Images(np.random.default_rng(0).integers(0, 256, (batch * steps, 3, 32, 32), dtype=np.uint8), None, device)
+    kept = common.Run, common.load_data, common.has_labels, script.augment
+    times = {Timed: [], Bare: []}
+    try:
+        common.load_data, common.has_labels = lambda *_: data, lambda _: False
+        for i in range(rounds):
+            for kind in (Timed, Bare):
+                with tempfile.TemporaryDirectory() as folder:
+                    args = script.parse_args(["--recipe", "small", "--batch-size", str(batch), "--epochs", "1", "--output", folder])
+                    common.Run, script.augment = kind, kept[3] if kind is Timed else lambda x, *_: x
+                    script.train(args, device)
+                    times[kind].append(kind.seconds)
+    finally:
+        common.Run, common.load_data, common.has_labels, script.augment = kept
+    ratio = statistics.median(a / b for a, b in zip(times[Timed], times[Bare]))
+    what = f"(c) step of {script.__name__}, ResNet-18, {device.type} {args.precision}: whole / bare"
+    rates = (2 * batch / statistics.median(times[kind]) for kind in (Timed, Bare))
+    print(f"{what:62} {next(rates):9.0f} {next(rates):9.0f} views/s   {ratio:7.3f}     at most {1.15 if gpu else 1.05}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--photos", default=os.path.join(os.environ.get("SSL_DATA", ""), "photos"), help="directory of full-size JPEGs for (b); default $SSL_DATA/photos")
+    parser.add_argument("--photos", default=os.path.join(os.environ.get("SSL_DATA", ""), "photos"),
+                        help="directory of full-size JPEGs for (b); default $SSL_DATA/photos")
     parser.add_argument("--only", choices=["a", "b", "c"])
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds")
-    print(f"{'':52} {'ours':>9} {'theirs':>9}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds")
+    print(f"{'':62} {'ours':>9} {'theirs':>9}")
     if args.only in (None, "a"):
         augmentation(args.rounds)
     if args.only in (None, "b"):
@@ -208,4 +215,5 @@ if __name__ == "__main__":
         else:
             print("(b) needs a directory of JPEGs: --photos DIR")
     if args.only in (None, "c"):
-        step(args.rounds)
+        for name in SCRIPTS:
+            step(args.rounds, importlib.import_module(name))

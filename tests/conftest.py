@@ -10,6 +10,14 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "learning: trains long enough to learn something; runs after all others")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("learning") is not None)
+
+
 def command(script, *args, processes=1, torchrun=()):
     start = [sys.executable]
     if processes > 1 or torchrun:

@@ -146,7 +146,8 @@ def test_jitter_equals_torchvision(name, value):
 
 @pytest.mark.parametrize("shift", [-0.5, -0.2, 0.03, 0.4])
 def test_hue_equals_torchvision(shift):
-    x = torch.cat([pictures(), torch.rand(4, 3, 32, 32), pictures(1)[:, :1].expand(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)])
+    plain = [pictures(1)[:, :1].expand(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)]
+    x = torch.cat([pictures(), torch.rand(4, 3, 32, 32), *plain])
     reference = torch.stack([TF.adjust_hue(image, shift) for image in x])
     assert (common.color_jitter(x, hue=(shift, shift), p=1) - reference).abs().max() <= 2 * LEVEL
 
@@ -161,8 +162,8 @@ def test_jitter_draws_for_each_image_and_an_order_for_each_chunk():
     torch.manual_seed(3)
     a = common.color_jitter(x, (1.5, 1.5), (0.3, 0.3), (2.0, 2.0), (0.2, 0.2), p=1, chunk=64)
     assert 1 < len(a[::64].flatten(1).unique(dim=0)) <= 8 and torch.equal(a[0], a[63])
-    orders = [functools.reduce(lambda image, k: (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)[k](image, (1.5, 0.3, 2.0, 0.2)[k]),
-                               order, x[0]) for order in itertools.permutations(range(4))]
+    steps = ((TF.adjust_brightness, 1.5), (TF.adjust_contrast, 0.3), (TF.adjust_saturation, 2.0), (TF.adjust_hue, 0.2))
+    orders = [functools.reduce(lambda image, step: step[0](image, step[1]), order, x[0]) for order in itertools.permutations(steps)]
     for view in a[::64]:                                        # every chunk is one of the 24 orders
         assert min((view - order).abs().max() for order in orders) <= 2 * LEVEL
 
@@ -321,7 +322,8 @@ def folder(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
     exif = Image.Exif()
     exif[0x0112] = 6                                            # shown turned clockwise by 90 degrees
-    files = {"train/a/plain.png": image, "train/a/photo.JPG": image, "train/a/web.webp": image, "train/a/turned.jpeg": image.rotate(90, expand=True), "train/a/turned.webp": image.rotate(90, expand=True),
+    files = {"train/a/plain.png": image, "train/a/photo.JPG": image, "train/a/web.webp": image, "train/a/turned.jpeg": image.rotate(90, expand=True),
+             "train/a/turned.webp": image.rotate(90, expand=True),
              "train/b/cmyk.jpg": image.convert("CMYK"), "train/b/palette.png": image.convert("P", palette=Image.ADAPTIVE, colors=256),
              "train/b/gray.png": image.convert("L"), "train/b/alpha.png": image.convert("RGBA"), "train/b/gray16.png":
              Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "val/a/x.bmp": image, "val/b/y.gif": image}
@@ -547,8 +549,8 @@ def test_bad_checkpoints_are_refused_and_run_no_code(tmp_path, monkeypatch):
     torch.save([1], "list.pt")
     torch.save(Evil(), "evil.pt")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
-    for name, message in (("short.pt", "not a readable"), ("empty.pt", "not a readable"), ("text.pt", "not a readable"), ("evil.pt", "not a readable"),
-                          ("evil.pkl", "not a readable"), ("foreign.pt", "lacks method"), ("list.pt", "lacks method"), ("none.pt", "no such file")):
+    for name, message in (("short.pt", "not a readable"), ("empty.pt", "not a readable"), ("text.pt", "not a readable"),
+                          ("evil.pt", "not a readable"), ("evil.pkl", "not a readable"), ("foreign.pt", "lacks method"), ("list.pt", "lacks method"), ("none.pt", "no such file")):
         with pytest.raises(common.UserError, match=message) as e:
             common.read_checkpoint(name)
         assert name in str(e.value) and "\n" not in str(e.value)

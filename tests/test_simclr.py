@@ -295,3 +295,16 @@ def test_training_on_a_gpu(tmp_path):
         assert result.returncode == 0, result.stderr
     result = run("simclr.py", *TINY, "--output", tmp_path / "torchrun", processes=torch.cuda.device_count())
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.learning
+def test_it_learns(tmp_path):
+    """A quarter of the default run: well above the untrained network and the pixels already."""
+    result = run("simclr.py", "--epochs", "4", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    top1 = {}
+    for baseline in (None, "random", "pixels"):
+        probe = run("evaluate.py", "knn", tmp_path / "checkpoint.pt", *(["--baseline", baseline] if baseline else []))
+        assert probe.returncode == 0, probe.stderr
+        top1[baseline] = json.loads(probe.stdout.splitlines()[-1])["top1"]
+    assert top1["random"] < 35 and top1["pixels"] < 55 and top1[None] > 45, top1
