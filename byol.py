@@ -20,7 +20,7 @@ Notation. N images in the batch of one process.
 
 Start value about 4; 0 is perfect prediction and also what a collapsed network reaches. Watch `z_std`, about 1 in health and 0 after a collapse.
 
-Published: ImageNet, ResNet-50, batch 4096: linear probe 72.5 % after 300 epochs, 74.3 % after 1000 (table 1).
+Published: ImageNet, ResNet-50, batch 4096: linear probe 72.5 % after 300 epochs (table 16), 74.3 % after 1000 (table 1).
 Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
@@ -44,12 +44,12 @@ import common
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-IMAGENET = dict(                                     # section 3.2 and appendix F: 300 epochs
+IMAGENET = dict(                                     # section 3.3 and appendix F: 300 epochs
     arch="resnet50", stem="imagenet", size=224,
     epochs=300, batch_size=4096,
-    lr=0.3, weight_decay=1e-6, ema_momentum=0.99,    # official configs/byol.py
+    lr=0.3, weight_decay=1e-6, ema_momentum=0.99,    # appendix F
     warmup_epochs=10,
-    hidden=4096, dim=256,                            # 3.2
+    hidden=4096, dim=256,                            # 3.3
     color_strength=1.0,                              # table 6
     blur1=1.0, blur2=0.1, solarize2=0.2,             # table 6: T and T'
     min_scale=0.08,
@@ -57,8 +57,8 @@ IMAGENET = dict(                                     # section 3.2 and appendix 
     knn_every=0,
 )
 IMAGENET_100 = dict(IMAGENET, epochs=100, lr=0.45, ema_momentum=0.99)                          # official configs/byol.py
-IMAGENET_1000 = dict(IMAGENET, epochs=1000, lr=0.2, weight_decay=1.5e-6, ema_momentum=0.996)   # 3.2
-SMALL = dict(IMAGENET,                               # as solo-learn's for CIFAR-10; the paper has none
+IMAGENET_1000 = dict(IMAGENET, epochs=1000, lr=0.2, weight_decay=1.5e-6, ema_momentum=0.996)   # 3.3
+SMALL = dict(IMAGENET,                               # solo-learn's for CIFAR-10, but for LARS: theirs trusts 0.02 and clips; the paper has none
     arch="resnet18", stem="small", size=32,
     epochs=1000, batch_size=256, lr=1.0, weight_decay=1e-5,
     blur1=0.0, blur2=0.0,
@@ -92,7 +92,7 @@ def augment(x, strength, blur, solarize):
     return common.normalize(x, MEAN, STD)
 
 
-# ------------------------------------------------------------------------------------------------ model (figure 2, section 3.2)
+# ------------------------------------------------------------------------------------------------ model (figure 2, sections 3.1 and 3.3)
 
 class BYOL(nn.Module):
     def __init__(self, arch, stem, hidden, dim):
@@ -133,24 +133,26 @@ def regression_loss(p, z):
     return (2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)).mean()
 
 
-# ------------------------------------------------------------------------------------------------ training (Algorithm 1)
+# ------------------------------------------------------------------------------------------------ training (appendix A, Algorithm 1)
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
     batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), interpolation="bicubic")], args.batch_size, args.seed)
+
+    mine = args.batch_size // common.world_size()
+    if mine % args.accumulate or mine < 2 * args.accumulate:
+        raise common.UserError(f"--accumulate {args.accumulate}: does not cut the {mine} images of a process into equal pieces of at least 2")
 
     torch.manual_seed(args.seed)
     model = BYOL(args.arch, args.stem, args.hidden, args.dim).to(device, memory_format=torch.channels_last)
     online = [w for w in model.parameters() if w.requires_grad]
     optimizer = common.LARS(online, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, lr_in_momentum=False)
     run = common.Run("byol", args, model, optimizer, batches, MEAN, STD)
-    if args.batch_size // common.world_size() % args.accumulate:
-        raise common.UserError(f"--accumulate {args.accumulate}: does not divide the {args.batch_size // common.world_size()} images of a process")
 
     network = model
     if common.world_size() > 1:
         if device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)       # statistics of all processes, of the target as well: section 3.2
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)       # statistics of all processes, of the target as well, as in the official code
         else:
             common.say("BatchNorm takes its statistics in each process alone: torch has no SyncBatchNorm for CPUs")
         network = DistributedDataParallel(network)
@@ -167,7 +169,7 @@ def train(args, device):
             lr = peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ema_momentum = 1 - (1 - args.ema_momentum) * (math.cos(math.pi * step / total) + 1) / 2       # section 3.2
+        ema_momentum = 1 - (1 - args.ema_momentum) * (math.cos(math.pi * step / total) + 1) / 2       # section 3.3
 
         x1, x2 = augment(x1, args.color_strength, args.blur1, 0), augment(x2, args.color_strength, args.blur2, args.solarize2)
         optimizer.zero_grad()

@@ -1203,7 +1203,7 @@ class Run:
             ax.plot(*zip(*points) if points else ([], []), marker="o" if key == "knn" else "", color="#2a6f97")
             ax.set(title=title, xlabel="epoch")
             ax.grid(alpha=0.3)
-        axes[1, 0].set_ylim(bottom=0)
+        axes[1, 0].set_ylim(0, 1.1)
         axes[1, 1].set_ylim(bottom=0)
         figure.suptitle(f"{self.method}, {self.args.arch} on {self.args.data}")
         save_picture(figure, self.folder / "curves.png")

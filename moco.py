@@ -26,7 +26,7 @@ Published: ImageNet, ResNet-50, 200 epochs: linear probe 60.6 % (v1), 67.5 % (v2
 Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the papers:
-    - The order of the colour operations is drawn for every 64 images instead of for each.
+    - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.
     - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and AdamW, which gets further in so few steps.
 
 Usage:
@@ -52,14 +52,14 @@ IMAGENET = dict(
     lr=0.03, optimizer="sgd", weight_decay=1e-4,     # v1, section 4; decay on everything
     warmup_epochs=0,
     queue_size=65536, ema_momentum=0.999,            # v1, section 4
-    temperature=0.2,                 # v2, table 1 (v1: 0.07)
+    temperature=0.2,                 # v2, section 3, MLP head (v1: 0.07)
     dim=128,
     bn_splits=1,
     color_strength=1.0, blur=0.5,    # v2 (v1: no blur)
     min_scale=0.2,
     knn_every=0,
 )
-SMALL = dict(IMAGENET,               # the authors' CIFAR-10 demonstration
+SMALL = dict(IMAGENET,               # the authors' CIFAR-10 demonstration, whose head is linear; here v2's
     arch="resnet18", stem="small", size=32,
     epochs=200, batch_size=512, lr=0.03, weight_decay=5e-4,
     queue_size=4096, ema_momentum=0.99, temperature=0.1,
@@ -78,7 +78,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 VERSION_1 = dict(version=1, temperature=0.07)       # v1, section 3.3
 
 
-# ------------------------------------------------------------------------------------------------ augmentation (v1 section 3.3, v2 section 2)
+# ------------------------------------------------------------------------------------------------ augmentation (v1 section 3.3, v2 section 3)
 
 @common.by_pieces
 def augment(x, version, strength, blur):
@@ -95,7 +95,7 @@ def augment(x, version, strength, blur):
     return common.normalize(x, MEAN, STD)
 
 
-# ------------------------------------------------------------------------------------------------ model (v1 figure 2, Algorithm 1)
+# ------------------------------------------------------------------------------------------------ model (v1 figure 1, Algorithm 1)
 
 class MoCo(nn.Module):
     def __init__(self, arch, stem, version, dim, queue_size, bn_splits):
@@ -173,9 +173,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        parts = x.chunk(self.splits)
-        self.num_batches_tracked += 1 - len(parts)                                       # a step counts once
-        return torch.cat([super(SplitBatchNorm2d, self).forward(part) for part in parts])
+        return torch.cat([super(SplitBatchNorm2d, self).forward(part) for part in x.chunk(self.splits)])
 
 
 def split_batch_norm(model, splits):
@@ -183,6 +181,7 @@ def split_batch_norm(model, splits):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__, module.splits = SplitBatchNorm2d, splits
+            module.momentum = 1 - (1 - module.momentum) ** (1 / splits)                  # the parts of a step weigh as much as one batch
     return model
 
 
@@ -274,7 +273,7 @@ def parse_args(argv=None):
     parser.add_argument("--bn-splits", type=common.count, help="parts of a process's batch that BatchNorm sees apart")
     parser.add_argument("--symmetric", action="store_true", help="let each view be the query once, the losses added")
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], help="the paper's is sgd")
-    parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1)")
+    parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1), in version 1 (0.4, 0.4, 0.4, 0.4)")
     parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur, in version 2")
     parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
     return parser.parse()

@@ -17,12 +17,13 @@ Notation. N images in the batch of one process.
 Start value 0; the loss falls towards -1. It says nothing about the quality: -1 is also what a collapsed network reaches. Watch `z_std`, about 1 in
 health and 0 after a collapse.
 
-Published: ImageNet, ResNet-50: linear probe 68.1 % after 100 epochs (batch 512), 71.3 % after 800 (table 4). CIFAR-10, ResNet-18: 91.8 %
-(appendix D).
+Published: ImageNet, ResNet-50: linear probe 68.1 % after 100 epochs, 71.3 % after 800 (batch 256, table 4; 68.1 % with 512 as well, table 2).
+CIFAR-10, ResNet-18: 91.8 % (appendix D).
 Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
-    - The order of the colour operations is drawn for every 64 images instead of for each.
+    - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.
+    - The projector's hidden layers are as wide as h, as in the official code; the paper says 2048, the same for ResNet-50.
     - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and LARS, which gets further in so few steps.
 
 Usage:
@@ -42,12 +43,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 IMAGENET = dict(
     arch="resnet50", stem="imagenet", size=224,
-    epochs=100, batch_size=512,      # section 4, Baseline settings
-    lr=0.05, optimizer="sgd",        # section 4: 0.05 * batch / 256, momentum 0.9
-    weight_decay=1e-4,               # section 4, on everything
+    epochs=100, batch_size=512,      # section 3, Baseline settings
+    lr=0.05, optimizer="sgd",        # section 3: 0.05 * batch / 256, momentum 0.9
+    weight_decay=1e-4,               # section 3; on everything: appendix A
     warmup_epochs=0,                 # section 4.3: 10 from batches of 1024
-    layers=3, dim=2048, hidden=512,  # section 4: projector, its width, the predictor's bottleneck
-    color_strength=1.0, blur=0.5,    # section 4, as MoCo v2
+    layers=3, dim=2048, hidden=512,  # section 3: projector, its width, the predictor's bottleneck
+    color_strength=1.0, blur=0.5,    # appendix A, as MoCo v2
     min_scale=0.2,
     knn_every=0,
 )
@@ -68,7 +69,7 @@ SHAPES = dict(SMALL,                 # our own, for two minutes on two CPU cores
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 
-# ------------------------------------------------------------------------------------------------ augmentation (section 4)
+# ------------------------------------------------------------------------------------------------ augmentation (appendix A)
 
 @common.by_pieces
 def augment(x, strength, blur):
@@ -81,7 +82,7 @@ def augment(x, strength, blur):
     return common.normalize(x, MEAN, STD)
 
 
-# ------------------------------------------------------------------------------------------------ model (figure 1, section 4)
+# ------------------------------------------------------------------------------------------------ model (figure 1, section 3)
 
 class SimSiam(nn.Module):
     def __init__(self, arch, stem, layers, dim, hidden, with_predictor=True):
@@ -136,7 +137,7 @@ def train(args, device):
     network = model
     if common.world_size() > 1:
         if device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)       # section 4: BN is synchronised
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)       # section 3: BN is synchronised
         else:
             common.say("BatchNorm takes its statistics in each process alone: torch has no SyncBatchNorm for CPUs")
         network = DistributedDataParallel(network)

@@ -11,7 +11,7 @@ Objective (equations 1, 2 and 6), over the crops A with codes (the large ones) a
 with q the solution of  max over Q of Tr(Q^T C^T Z) + epsilon H(Q), every prototype getting an equal share (equations 3 to 5).
 
 Notation. N images in the batch of one process, W processes.
-    x_1 .. x_V   crops             V of (N, 3, S, S)   large ones first
+    x_1 .. x_V   crops             V of (N, 3, S, S)   large ones first; V counts all crops here, the small ones alone in the paper
     f, z         encoder, projector, z   (N, d)        unit length; h (N, D) before the projector is what is kept
     c, C         prototypes        (K, d)              unit length; K is the length of the queue in MoCo
     q, Q         codes             (N, K)              q is the query in MoCo and the predictor in BYOL
@@ -25,6 +25,7 @@ Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96, batch 4096: linear probe 72.1 
 Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
+    - The loss is the official code's mean over pairs of crops; equation 6 is a sum. BN is synchronised over all processes, there in groups of 8.
     - Sinkhorn's iterations run on logarithms, which is the same in exact arithmetic and cannot overflow.
     - The order of the colour operations is drawn for every 64 images instead of for each. The standard deviation is 0.229, not 0.228.
     - The recipes for small images are ours.
@@ -53,7 +54,7 @@ IMAGENET = dict(
     min_scale=0.14, small_crops=6, small_size=96, small_scale=0.05,      # 2 x 224 of 0.14..1 and 6 x 96 of 0.05..0.14
     num_prototypes=3000, hidden=2048, dim=128,
     temperature=0.1, epsilon=0.05, iterations=3,
-    freeze_epochs=1,                                 # 313 steps
+    freeze_epochs=1,                                 # 312 steps; the official code, with the last batch, 313
     queue_size=0, queue_start=15,                    # for batches of 256: 3840 from epoch 15
     color_strength=1.0, blur=0.5,
     knn_every=0,
@@ -101,10 +102,11 @@ class SwAV(nn.Module):
         self.register_buffer("queue", torch.zeros(2, queue_size, dim))                    # of all processes, newest first; zeros: not filled yet
 
     def forward(self, crops):
-        sizes = sorted({x.shape[-1] for x in crops}, reverse=True)
+        sizes = list(dict.fromkeys(x.shape[-1] for x in crops))                           # in the crops' order
         h = torch.cat([self.encoder(torch.cat([x for x in crops if x.shape[-1] == size])) for size in sizes])     # one forward for each resolution
         z = F.normalize(self.projector(h).float(), dim=1)                                 # (VN, d)
-        scores = self.prototypes(z)                                                       # (VN, K)
+        with torch.autocast(z.device.type, enabled=False):
+            scores = self.prototypes(z)                                                   # (VN, K), float32 for the codes
         return z.chunk(len(crops)), scores.chunk(len(crops))
 
     @torch.no_grad()
@@ -177,9 +179,13 @@ def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
     crops = [common.Crop(2, args.size, (args.min_scale, 1.0))]
     if args.small_crops:
+        if args.small_scale >= args.min_scale:
+            raise common.UserError(f"--small-scale {args.small_scale}: not below --min-scale {args.min_scale}, the largest share of a small crop")
         crops.append(common.Crop(args.small_crops, args.small_size, (args.small_scale, args.min_scale)))
     batches = common.Batches(data, crops, args.batch_size, args.seed)
     queue_size = args.queue_size // args.batch_size * args.batch_size        # whole batches, as in the official code
+    if args.queue_size and not queue_size:
+        raise common.UserError(f"--queue-size {args.queue_size}: less than a batch of {args.batch_size}")
 
     torch.manual_seed(args.seed)
     model = SwAV(args.arch, args.stem, args.hidden, args.dim, args.num_prototypes, queue_size).to(device, memory_format=torch.channels_last)
@@ -239,9 +245,9 @@ def parse_args(argv=None):
     parser.add_argument("--hidden", type=common.count, help="width of the projector's hidden layer")
     parser.add_argument("--dim", type=common.count, help="width of the projection")
     parser.add_argument("--freeze-epochs", type=common.not_negative, help="epochs before the prototypes begin to learn")
-    parser.add_argument("--queue-size", type=common.whole, help="earlier images, of all processes, that take part in the codes; 0: none")
+    parser.add_argument("--queue-size", type=common.whole, help="earlier images, of all processes, that take part in the codes, rounded down to whole batches; 0: none")
     parser.add_argument("--queue-start", type=common.not_negative, help="epoch from which the queue is filled")
-    parser.add_argument("--small-crops", type=common.whole, help="how many small crops besides the two large ones")
+    parser.add_argument("--small-crops", type=common.whole, help="how many small crops besides the two large ones; with 0 the paper takes --min-scale 0.08")
     parser.add_argument("--small-size", type=common.count, help="side of the small crops in pixels")
     parser.add_argument("--small-scale", type=common.share, help="smallest share of the image's area that a small crop has; the largest is --min-scale")
     parser.add_argument("--optimizer", choices=["larc", "adamw"], help="the paper's is larc: SGD with layer-wise adaptive rates")

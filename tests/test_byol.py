@@ -102,7 +102,7 @@ def test_accumulated_step_is_the_step_of_the_large_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(byol, "mlp", lambda dim_in, hidden, dim: nn.Sequential(nn.Linear(dim_in, hidden), nn.ReLU(), nn.Linear(hidden, dim)))
     weights = []
     for accumulate in ("1", "4"):
-        args = byol.parse_args([*map(str, TINY), "--epochs", "1", "--accumulate", accumulate, "--output", str(tmp_path / accumulate)])
+        args = byol.parse_args([*map(str, TINY), "--epochs", "1", "--batch-size", "496", "--accumulate", accumulate, "--output", str(tmp_path / accumulate)])
         byol.train(args, torch.device("cpu"))
         weights.append(torch.load(tmp_path / accumulate / "checkpoint.pt")["model"])
     for k, v in weights[0].items():
@@ -122,6 +122,6 @@ def test_run_killed_three_times_is_the_run_that_was_not(tmp_path, processes):
 
 
 def test_misuse(tmp_path):
-    for args, words in ((["--ema-momentum", "x"], "--ema-momentum"), (["--accumulate", "7"], "--accumulate 7: does not divide the 64 images"),
+    for args, words in ((["--ema-momentum", "x"], "--ema-momentum"), (["--accumulate", "7"], "--accumulate 7: does not cut the 64 images"),
                         (["--batch-size", "9999"], "larger than the data set")):
         assert words in one_line(run("byol.py", *args, "--output", tmp_path))

@@ -144,5 +144,6 @@ def test_a_collapse_is_named_in_the_log(tmp_path):
 
 
 def test_misuse(tmp_path):
-    for args, words in ((["--epsilon", "0"], "--epsilon"), (["--num-prototypes", "x"], "--num-prototypes"), (["--batch-size", "9999"], "larger than the data set")):
+    for args, words in ((["--epsilon", "0"], "--epsilon"), (["--min-scale", "0.1"], "--small-scale 0.2: not below --min-scale 0.1"),
+                        (["--queue-size", "10"], "--queue-size 10: less than a batch of 64"), (["--num-prototypes", "x"], "--num-prototypes"), (["--batch-size", "9999"], "larger than the data set")):
         assert words in one_line(run("swav.py", *args, "--output", tmp_path))
