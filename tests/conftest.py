@@ -35,6 +35,14 @@ def run(script, *args, processes=1, cwd=None, timeout=180, **options):
                           timeout=timeout, **options)
 
 
+def mistake(script, args):
+    """The message of a user's mistake that `script`, a module, must notice before its first step, in this process."""
+    import common
+    with pytest.raises((common.UserError, SystemExit)) as e:
+        script.train(script.parse_args(list(map(str, args))), torch.device("cpu"))
+    return str(e.value)
+
+
 def one_line(result):
     """The error line of a run that must have ended with one, and with status 2."""
     lines = result.stderr.strip().splitlines()
@@ -44,7 +52,7 @@ def one_line(result):
 
 
 # A run of 30 steps that takes a second or two, for every method.
-TINY = ["--arch", "resnet10x0.0625", "--size", "16", "--batch-size", "500", "--epochs", "3"]
+TINY = ["--arch", "resnet10x0.0625", "--size", "8", "--batch-size", "500", "--epochs", "3"]
 BOOKS = ["--log-every", 4, "--knn-every", 2]
 FRESH = {"images_per_second", "waiting"}                        # the log's entries that differ from run to run
 
@@ -67,11 +75,12 @@ def assert_equal_runs(a, b):
     assert states[0] and all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
 
 
-def run_killed_three_times(folder, script, *args, processes=1):
-    """Start the run, kill it without warning at a random moment, three times over, and then let it finish."""
+def run_killed(folder, script, *args, processes=1, times=3):
+    """Start the run, kill it without warning at a random moment, so many times over, and then let it finish."""
     args = [*args, "--output", folder, "--save-every", 3]
     moments, log, kills = random.Random(processes), folder / "log.jsonl", 0
-    while kills < 3:
+    folder.mkdir(exist_ok=True)
+    while kills < times:
         seen = len(log.read_text().splitlines()) if log.exists() else 0
         process = subprocess.Popen(command(script, *args, processes=processes), env=environment(processes), stderr=subprocess.DEVNULL,
                                    start_new_session=True)

@@ -1,5 +1,5 @@
 """evaluate.py: figures, pictures and mistakes of the two evaluations, on a tiny run."""
-import json
+import contextlib, io, json
 
 import pytest
 import torch
@@ -17,48 +17,57 @@ def checkpoint(tmp_path_factory):
     return folder / "checkpoint.pt"
 
 
-def answer(result):
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+def ask(task, *args, processes=1):
+    """The JSON that `evaluate.py task ...` ends with; in this process, or in several as a person would start them."""
+    if processes > 1:
+        result = run("evaluate.py", task, *args, processes=processes)
+        assert result.returncode == 0, result.stderr
+        printed = result.stdout
+    else:
+        args = evaluate.parse_args([task, *map(str, args)])
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            getattr(evaluate, task)(args, torch.device("cpu"))
+        printed = out.getvalue()
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_knn(checkpoint):
-    result = answer(run("evaluate.py", "knn", checkpoint))
+    result = ask("knn", checkpoint)
     logged = [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()][-1]["knn"]
     assert result["task"] == "knn" and result["top1"] == logged and result["k"] == 200 and result["data"] == "shapes"
     assert (checkpoint.parent / "neighbours.png").stat().st_size > 10_000
-    assert answer(run("evaluate.py", "knn", checkpoint, "--k", "1", "--output", checkpoint.parent / "one"))["k"] == 1
+    assert ask("knn", checkpoint, "--k", "1", "--output", checkpoint.parent / "one")["k"] == 1
 
 
 def test_knn_of_two_processes_is_that_of_one(checkpoint):
-    assert answer(run("evaluate.py", "knn", checkpoint, processes=2))["top1"] == answer(run("evaluate.py", "knn", checkpoint))["top1"]
+    assert ask("knn", checkpoint, processes=2)["top1"] == ask("knn", checkpoint)["top1"]
 
 
 def test_baselines(checkpoint):
-    random, again, pixels = (answer(run("evaluate.py", "knn", checkpoint, "--baseline", *b))
+    random, again, pixels = (ask("knn", checkpoint, "--baseline", *b)
                              for b in (["random"], ["random", "--seed", "1"], ["pixels"]))
     assert random["top1"] != again["top1"] and random["baseline"] == "random"
     images = {split: common.load_data("shapes", split=split) for split in ("train", "val")}
-    bank, queries = ((common.crop_and_resize(d.images, common.CenterCrop(16, interpolation="bicubic")).flatten(1), d.labels) for d in images.values())
+    bank, queries = ((common.crop_and_resize(d.images, common.CenterCrop(8, interpolation="bicubic")).flatten(1), d.labels) for d in images.values())
     assert pixels["top1"] == pytest.approx(common.knn_accuracy(*bank, *queries), abs=0.1)
 
 
 @pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
 def test_every_protocol_of_the_probe(checkpoint, protocol):
-    result = answer(run("evaluate.py", "linear", checkpoint, "--protocol", protocol, "--epochs", "2", "--no-augment"))
+    result = ask("linear", checkpoint, "--protocol", protocol, "--epochs", "2", "--no-augment")
     assert result["protocol"] == protocol and 10 < result["top1"] <= result["top5"] <= 100 and result["batch_size"] == 256
 
 
 def test_probe_learns_and_augments(checkpoint):
     before = checkpoint.read_bytes()
-    once = answer(run("evaluate.py", "linear", checkpoint, "--no-augment", "--epochs", "20"))
-    crops = answer(run("evaluate.py", "linear", checkpoint, "--epochs", "4"))
+    once = ask("linear", checkpoint, "--no-augment", "--epochs", "20")
+    crops = ask("linear", checkpoint, "--epochs", "4")
     assert once["top1"] > 20 and crops["top1"] > 15 and crops["augment"] and not once["augment"]
     assert checkpoint.read_bytes() == before and (checkpoint.parent / "confusion.png").exists()
 
 
 def test_probe_of_two_processes_is_that_of_one(checkpoint):
-    one, two = (answer(run("evaluate.py", "linear", checkpoint, "--no-augment", "--epochs", "3", processes=p)) for p in (1, 2))
+    one, two = (ask("linear", checkpoint, "--no-augment", "--epochs", "3", processes=p) for p in (1, 2))
     assert one["top1"] == pytest.approx(two["top1"], abs=0.3)
 
 
@@ -73,7 +82,7 @@ def test_frozen_encoder_that_moves_is_noticed(checkpoint, monkeypatch):
 
     def thawed(*args):
         encoder, dim, saved = load(*args)
-        encoder.register_forward_hook(lambda *_: encoder.bn1.running_mean.add_(1))
+        encoder.register_forward_pre_hook(lambda *_: setattr(encoder.bn1, "running_mean", encoder.bn1.running_mean + 1))
         return encoder, dim, saved
 
     monkeypatch.setattr(evaluate, "load_encoder", thawed)
@@ -85,10 +94,17 @@ def test_frozen_encoder_that_moves_is_noticed(checkpoint, monkeypatch):
                                         (["knn", "CHECKPOINT", "--data", "nothing"], "--data"), (["knn", "CHECKPOINT", "--k", "0"], "--k"),
                                         (["linear", "CHECKPOINT", "--lr", "-1"], "--lr"), (["knn", "BROKEN"], "not a readable checkpoint"),
                                         (["guess", "CHECKPOINT"], "TASK"), (["knn", "MISFIT"], "does not fit")])
-def test_misuse(checkpoint, tmp_path, args, words):
+def test_misuse(checkpoint, tmp_path, capsys, args, words):
     (tmp_path / "broken.pt").write_bytes(checkpoint.read_bytes()[:5000])
     misfit = torch.load(checkpoint)
     misfit["encoder_config"]["arch"] = "resnet50"
     torch.save(misfit, tmp_path / "misfit.pt")
     names = dict(CHECKPOINT=checkpoint, BROKEN=tmp_path / "broken.pt", MISFIT=tmp_path / "misfit.pt")
-    assert words in one_line(run("evaluate.py", *(names.get(a, a) for a in args), cwd=tmp_path))
+    with pytest.raises((common.UserError, SystemExit)) as e:
+        parsed = evaluate.parse_args([str(names.get(a, a)) for a in args])
+        getattr(evaluate, parsed.task)(parsed, torch.device("cpu"))
+    assert words in str(e.value) + capsys.readouterr().err
+
+
+def test_mistakes_take_one_line():
+    assert "no such file" in one_line(run("evaluate.py", "knn", "nowhere.pt"))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moco
-from conftest import BOOKS, TINY, assert_equal_runs, one_line, run, run_killed_three_times
+from conftest import BOOKS, TINY, assert_equal_runs, mistake, run, run_killed
 
 TINY = [*TINY, "--queue-size", "2000", "--dim", "16", "--bn-splits", "2"]
 
@@ -141,18 +141,17 @@ def test_two_processes_shuffle_and_learn_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("processes,extra", [(1, ["--symmetric"]), (2, [])])
-def test_run_killed_three_times_is_the_run_that_was_not(tmp_path, processes, extra):
-    (tmp_path / "killed").mkdir()
+def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra):
     result = run("moco.py", *TINY, *extra, *BOOKS, "--output", tmp_path / "whole", processes=processes)
     assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
-    run_killed_three_times(tmp_path / "killed", "moco.py", *TINY, *extra, *BOOKS, processes=processes)
+    run_killed(tmp_path / "killed", "moco.py", *TINY, *extra, *BOOKS, processes=processes, times=3 if processes == 1 else 1)
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
     if processes == 1:
         probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
         assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
 
 
-def test_misuse(tmp_path):
+def test_misuse(tmp_path, capsys):
     for args, words in ((["--queue-size", "1000"], "--queue-size 1000: not a multiple of the 64 keys of a step"), (["--version", "3"], "--version"),
                         (["--bn-splits", "7"], "--bn-splits 7: does not divide the 64 images"), (["--batch-size", "9999"], "larger than the data set")):
-        assert words in one_line(run("moco.py", *args, "--output", tmp_path))
+        assert words in mistake(moco, [*args, "--output", tmp_path]) + capsys.readouterr().err

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import swav
-from conftest import BOOKS, TINY, assert_equal_runs, one_line, run, run_killed_three_times
+from conftest import BOOKS, TINY, assert_equal_runs, mistake, run, run_killed
 
-TINY = [*TINY, "--small-size", "8", "--small-crops", "2", "--num-prototypes", "12", "--hidden", "32", "--dim", "16"]
+TINY = [*TINY, "--small-size", "6", "--small-crops", "2", "--num-prototypes", "12", "--hidden", "32", "--dim", "16"]
 
 
 def sinkhorn_by_loops(scores, epsilon, iterations):
@@ -127,11 +127,10 @@ def test_prototypes_are_frozen_at_first(tmp_path):
 
 
 @pytest.mark.parametrize("processes,extra", [(1, ["--queue-size", "1000", "--queue-start", "1"]), (2, ["--queue-size", "1000", "--queue-start", "0.5"])])
-def test_run_killed_three_times_is_the_run_that_was_not(tmp_path, processes, extra):
-    (tmp_path / "killed").mkdir()
+def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra):
     result = run("swav.py", *TINY, *extra, *BOOKS, "--output", tmp_path / "whole", processes=processes)
     assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
-    run_killed_three_times(tmp_path / "killed", "swav.py", *TINY, *extra, *BOOKS, processes=processes)
+    run_killed(tmp_path / "killed", "swav.py", *TINY, *extra, *BOOKS, processes=processes, times=3 if processes == 1 else 1)
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
     if processes == 1:
         probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
@@ -139,11 +138,11 @@ def test_run_killed_three_times_is_the_run_that_was_not(tmp_path, processes, ext
 
 
 def test_a_collapse_is_named_in_the_log(tmp_path):
-    result = run("swav.py", *TINY, "--lr", "1e-12", "--optimizer", "larc", "--temperature", "50", "--output", tmp_path)      # all crops: nearly equal shares
+    result = run("swav.py", *TINY, "--epochs", "2", "--lr", "1e-12", "--optimizer", "larc", "--temperature", "50", "--output", tmp_path)      # all crops: nearly equal shares
     assert result.returncode == 0 and "ln K" in result.stderr, result.stderr
 
 
-def test_misuse(tmp_path):
+def test_misuse(tmp_path, capsys):
     for args, words in ((["--epsilon", "0"], "--epsilon"), (["--min-scale", "0.1"], "--small-scale 0.2: not below --min-scale 0.1"),
                         (["--queue-size", "10"], "--queue-size 10: less than a batch of 64"), (["--num-prototypes", "x"], "--num-prototypes"), (["--batch-size", "9999"], "larger than the data set")):
-        assert words in one_line(run("swav.py", *args, "--output", tmp_path))
+        assert words in mistake(swav, [*args, "--output", tmp_path]) + capsys.readouterr().err
