@@ -88,7 +88,7 @@ def augmentation(rounds):
     pillow = [Image.fromarray(i.transpose(1, 2, 0)) for i in images[:256]]
     for name, (strength, blur) in POLICIES.items():
         def ours():
-            views = data.crop(torch.arange(len(images)), [common.Crop(2, 32)], 0)[0]
+            views = [v for i in torch.arange(len(images)).split(256) for v in data.crop(i, [common.Crop(2, 32)], 0)[0]]
             return sum(len(simclr.augment(v, strength, blur)) for v in views)
 
         pipeline = pillow_pipeline(32, strength, blur)
@@ -203,6 +203,7 @@ if __name__ == "__main__":
     parser.add_argument("--photos", default=os.path.join(os.environ.get("SSL_DATA", ""), "photos"),
                         help="directory of full-size JPEGs for (b); default $SSL_DATA/photos")
     parser.add_argument("--only", choices=["a", "b", "c"])
+    parser.add_argument("--scripts", nargs="*", choices=SCRIPTS, default=SCRIPTS, help="of (c)")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds")
@@ -215,5 +216,5 @@ if __name__ == "__main__":
         else:
             print("(b) needs a directory of JPEGs: --photos DIR")
     if args.only in (None, "c"):
-        for name in SCRIPTS:
+        for name in args.scripts:
             step(args.rounds, importlib.import_module(name))
