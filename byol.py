@@ -27,10 +27,10 @@ Differs from the paper:
     - The target starts as a copy of the online network; the official code draws it anew and saw no difference.
     - Brightness is a factor, as in torchvision; the official code adds an offset. The order of the colour operations is drawn for every 64 images.
     - The classifier that the official code trains beside it is left out: evaluate.py trains one afterwards.
-    - The recipes for small images are ours.
+    - The recipes for small images are ours, and that for `shapes` is not tuned yet: see the README.
 
 Usage:
-    python byol.py                                                                two minutes on two CPU cores
+    python byol.py                                                                a few minutes on two CPU cores
     torchrun --nproc_per_node=8 byol.py --data /path/to/imagenet                  ResNet-50 on 8 GPUs
 """
 import copy, math
@@ -64,7 +64,7 @@ SMALL = dict(IMAGENET,                               # solo-learn's for CIFAR-10
     blur1=0.0, blur2=0.0,
     knn_every=10,
 )
-SHAPES = dict(SMALL,                                 # our own, for two minutes on two CPU cores
+SHAPES = dict(SMALL,                                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
     epochs=16, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
     hidden=512, dim=128,

@@ -27,10 +27,11 @@ Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 
 Differs from the papers:
     - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.
-    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and AdamW, which gets further in so few steps.
+    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and AdamW
+      instead of SGD. It is not tuned yet: see the README.
 
 Usage:
-    python moco.py                                                                two minutes on two CPU cores
+    python moco.py                                                                a few minutes on two CPU cores
     torchrun --nproc_per_node=8 moco.py --data /path/to/imagenet                  ResNet-50 on 8 GPUs
 """
 import copy, math
@@ -66,7 +67,7 @@ SMALL = dict(IMAGENET,               # the authors' CIFAR-10 demonstration, whos
     bn_splits=8, blur=0.0, min_scale=0.08,
     knn_every=10,
 )
-SHAPES = dict(SMALL,                 # our own, for two minutes on two CPU cores
+SHAPES = dict(SMALL,                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
     epochs=20, batch_size=64, lr=0.008, optimizer="adamw", weight_decay=1e-4, warmup_epochs=1,
     queue_size=2048, temperature=0.2, bn_splits=4,
@@ -273,7 +274,8 @@ def parse_args(argv=None):
     parser.add_argument("--bn-splits", type=common.count, help="parts of a process's batch that BatchNorm sees apart")
     parser.add_argument("--symmetric", action="store_true", help="let each view be the query once, the losses added")
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], help="the paper's is sgd")
-    parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1), in version 1 (0.4, 0.4, 0.4, 0.4)")
+    parser.add_argument("--color-strength", type=common.not_negative,
+                        help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1), in version 1 (0.4, 0.4, 0.4, 0.4)")
     parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur, in version 2")
     parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
     return parser.parse()

@@ -24,10 +24,11 @@ Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
 Differs from the paper:
     - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.
     - The projector's hidden layers are as wide as h, as in the official code; the paper says 2048, the same for ResNet-50.
-    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and LARS, which gets further in so few steps.
+    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and LARS
+      instead of SGD. It is not tuned yet: see the README.
 
 Usage:
-    python simsiam.py                                                             two minutes on two CPU cores
+    python simsiam.py                                                             a few minutes on two CPU cores
     torchrun --nproc_per_node=8 simsiam.py --data /path/to/imagenet               ResNet-50 on 8 GPUs
 """
 import math
@@ -58,7 +59,7 @@ SMALL = dict(IMAGENET,               # appendix D, CIFAR-10
     layers=2, blur=0.0,
     knn_every=10,
 )
-SHAPES = dict(SMALL,                 # our own, for two minutes on two CPU cores
+SHAPES = dict(SMALL,                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
     epochs=20, batch_size=64, lr=12.0, optimizer="lars", weight_decay=1e-6, warmup_epochs=0.5,
     dim=512, hidden=128,

@@ -28,10 +28,10 @@ Differs from the paper:
     - The loss is the official code's mean over pairs of crops; equation 6 is a sum. BN is synchronised over all processes, there in groups of 8.
     - Sinkhorn's iterations run on logarithms, which is the same in exact arithmetic and cannot overflow.
     - The order of the colour operations is drawn for every 64 images instead of for each. The standard deviation is 0.229, not 0.228.
-    - The recipes for small images are ours.
+    - The recipes for small images are ours, and that for `shapes` is not tuned yet: see the README.
 
 Usage:
-    python swav.py                                                                two minutes on two CPU cores
+    python swav.py                                                                a few minutes on two CPU cores
     torchrun --nproc_per_node=8 swav.py --data /path/to/imagenet                  ResNet-50 on 8 GPUs
 """
 import math
@@ -67,7 +67,7 @@ SMALL = dict(IMAGENET,                               # our own, after solo-learn
     color_strength=0.5, blur=0.0,
     knn_every=10,
 )
-SHAPES = dict(SMALL,                                 # our own, for two minutes on two CPU cores
+SHAPES = dict(SMALL,                                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
     epochs=10, batch_size=64, lr=0.008, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
     min_scale=0.4, small_crops=4, small_size=16, small_scale=0.2,
@@ -247,9 +247,11 @@ def parse_args(argv=None):
     parser.add_argument("--freeze-epochs", type=common.not_negative, help="epochs before the prototypes begin to learn")
     parser.add_argument("--queue-size", type=common.whole, help="earlier images, of all processes, that take part in the codes, rounded down to whole batches; 0: none")
     parser.add_argument("--queue-start", type=common.not_negative, help="epoch from which the queue is filled")
-    parser.add_argument("--small-crops", type=common.whole, help="how many small crops besides the two large ones; with 0 the paper takes --min-scale 0.08")
+    parser.add_argument("--small-crops", type=common.whole,
+                        help="how many small crops besides the two large ones; with 0 the paper takes --min-scale 0.08")
     parser.add_argument("--small-size", type=common.count, help="side of the small crops in pixels")
-    parser.add_argument("--small-scale", type=common.share, help="smallest share of the image's area that a small crop has; the largest is --min-scale")
+    parser.add_argument("--small-scale", type=common.share,
+                        help="smallest share of the image's area that a small crop has; the largest is --min-scale")
     parser.add_argument("--optimizer", choices=["larc", "adamw"], help="the paper's is larc: SGD with layer-wise adaptive rates")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.8, 0.8, 0.8, 0.2)")
     parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur")
