@@ -245,7 +245,8 @@ def parse_args(argv=None):
     parser.add_argument("--hidden", type=common.count, help="width of the projector's hidden layer")
     parser.add_argument("--dim", type=common.count, help="width of the projection")
     parser.add_argument("--freeze-epochs", type=common.not_negative, help="epochs before the prototypes begin to learn")
-    parser.add_argument("--queue-size", type=common.whole, help="earlier images, of all processes, that take part in the codes, rounded down to whole batches; 0: none")
+    parser.add_argument("--queue-size", type=common.whole,
+                        help="earlier images, of all processes, that take part in the codes, rounded down to whole batches; 0: none")
     parser.add_argument("--queue-start", type=common.not_negative, help="epoch from which the queue is filled")
     parser.add_argument("--small-crops", type=common.whole,
                         help="how many small crops besides the two large ones; with 0 the paper takes --min-scale 0.08")
