@@ -149,7 +149,7 @@ class Images:
     def crop(self, indices, crops, *key):
         """Crops of the images at `indices` (n,): a list of (n, 3, size, size) float32 in 0..1, drawn from `key` and this process."""
         seed_all(*key, rank())
-        images = self.images[indices.to(self.images.device)]
+        images = self.images.index_select(0, indices.to(self.images.device))       # ten times faster than images[indices] on a CPU
         views = [crop_and_resize(images, crop) for crop in crops for _ in range(crop.count)]
         return views, indices, []
 
@@ -424,37 +424,39 @@ def resize_weights(start, length, source, size, interpolation="bilinear"):
 
     Pillow's filters: a triangle, or Keys' cubic with a = -1/2, as wide as one source pixel or one target pixel, whichever is more.
     """
-    step = (length / size)[:, None]
-    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step
-    pixel = torch.arange(source, device=start.device)
-    d = ((pixel + 0.5 - centre[..., None]) / step.clamp(min=1)[..., None]).abs()
+    step = length / size                                                                   # (n,)
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step[:, None]
+    pixel = torch.arange(source, device=start.device) + 0.5
+    outside = (pixel < start[:, None]) | (pixel > (start + length)[:, None])
+    width = step.clamp(min=1)[:, None]
+    d = ((pixel.masked_fill(outside, 1e6) / width)[:, None] - (centre / width)[:, :, None]).abs_()       # (n, size, source)
     if interpolation == "bilinear":
-        weights = (1 - d).clamp_(min=0)
+        weights = d.neg_().add_(1).clamp_(min=0)
     else:
-        weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (d < 2)
-    weights *= ((pixel >= start[:, None]) & (pixel < (start + length)[:, None]))[:, None].float()
-    return weights / weights.sum(-1, keepdim=True)
+        weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2).mul_(d < 2)
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def resample(x, rows, columns):
+def resample(x, rows, columns, out=None):
     """rows @ x @ columns^T for every channel: (N, 3, H, W), (N, h, H), (N, w, W) -> (N, 3, h, w). Crop, resize and blur are all of this form."""
-    return rows[:, None] @ (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
+    return torch.matmul(rows[:, None], (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3]), out=out)
 
 
 def crop_and_resize(images, crop):
     """One `crop` of each image, (N, 3, H, W) uint8 or float -> (N, 3, size, size) float32 in 0..1, every image with its own box."""
-    n, _, height, width = images.shape
+    n, channels, height, width = images.shape
+    scale = 255 if images.dtype == torch.uint8 else 1
+    if isinstance(crop, CenterCrop) and (height, width) == (crop.size, crop.size) and crop.size <= 32:
+        return images.float() / scale
     boxes = crop.boxes(n, height, width).to(images.device, non_blocking=True)
-
-    def piece(x, box):
-        if isinstance(crop, CenterCrop) and (height, width) == (crop.size, crop.size) and crop.size <= 32:
-            return x.float() / 255 if x.dtype == torch.uint8 else x
+    views = torch.empty(n, channels, crop.size, crop.size, device=images.device)
+    for x, box, view in zip(*(pieces(a, images) for a in (images, boxes, views))):
         rows = resize_weights(box[:, 0], box[:, 2], height, crop.size, crop.interpolation)
         columns = resize_weights(box[:, 1], box[:, 3], width, crop.size, crop.interpolation)
-        views = resample(x.float(), rows / 255 if x.dtype == torch.uint8 else rows, columns)
-        return views if crop.interpolation == "bilinear" else views.clamp_(0, 1)
-
-    return _by_pieces(piece, images, boxes)
+        resample(x.float(), rows.div_(scale), columns, out=view)
+        if crop.interpolation != "bilinear":
+            view.clamp_(0, 1)
+    return views
 
 
 def crop_one(image, crop):
@@ -468,19 +470,23 @@ def crop_one(image, crop):
 
 # ---------------------------------------------------------------- 1. data: pixel operations
 # (N, 3, H, W) float32 in 0..1 -> the same, on the batch's device. Every image draws for itself, with probability `p` of being changed at all.
-# Numbers are drawn on the CPU, which never has to wait for a GPU to know them. None of them changes its input.
+# Numbers are drawn on the CPU, which never has to wait for a GPU to know them. All of them work in place: they change the batch and return it.
 
-def _by_pieces(function, x, *others):
-    """On a CPU apply `function` to pieces of the batch that stay in its cache (several times faster), on a GPU to all of it."""
-    if x.device.type != "cpu":
-        return function(x, *others)
-    piece = max(1, 256 * 32 * 32 // (x.shape[2] * x.shape[3]))
-    return torch.cat([function(*p) for p in zip(*(a.split(piece) for a in (x, *others)))])
+def pieces(a, images):
+    """`a` (N, ...) in pieces of so many of the `images` as stay in a CPU's cache, which makes what is done to them several times faster; on a GPU whole."""
+    return [a] if images.device.type != "cpu" else a.split(max(1, 256 * 32 * 32 // (images.shape[2] * images.shape[3])))
 
 
 def by_pieces(augment):
-    """Decorator for a method's augmentation `augment(x, ...)`: runs it on pieces of the batch that fit into a CPU's cache."""
-    return functools.wraps(augment)(lambda x, *args, **kwargs: _by_pieces(lambda piece: augment(piece, *args, **kwargs), x))
+    """Decorator for a method's augmentation `augment(x, ...)`, which may work in place and keeps the shape: runs it on `pieces` of the batch."""
+    @functools.wraps(augment)
+    def over(x, *args, **kwargs):
+        for piece in pieces(x, x):
+            views = augment(piece, *args, **kwargs)
+            if views is not piece:
+                piece.copy_(views)
+        return x
+    return over
 
 
 def _draw(x, low, high):
@@ -496,7 +502,7 @@ def _choose(x, p):
 def _on_some(x, p, change):
     """`change` on a random choice of images, each with probability p."""
     chosen = (torch.rand(len(x)) < p).nonzero()[:, 0].to(x.device, non_blocking=True)
-    return x.index_copy(0, chosen, change(x[chosen]))
+    return x.index_copy_(0, chosen, change(x.index_select(0, chosen)))
 
 
 def flip(x, p=0.5):
@@ -514,7 +520,7 @@ def grayscale(x, p=0.2):
     return _on_some(x, p, lambda x: to_gray(x).expand_as(x))
 
 
-# The four parts of colour jitter change x in place, which is a good deal faster; `color_jitter` gives them a copy.
+# The four parts of colour jitter. They are most of what augmentation costs, so they make as few passes over the pixels as they can.
 
 def _brightness(x, factor):
     x.mul_(factor).clamp_(0, 1)
@@ -528,24 +534,24 @@ def _contrast(x, factor):
 
 def _saturation(x, factor):
     """Blend with the luma of each pixel."""
-    gray = to_gray(x).mul_(1 - factor)
-    x.mul_(factor).add_(gray).clamp_(0, 1)
+    torch.lerp(to_gray(x), x, factor, out=x).clamp_(0, 1)
 
 
 def _hue(x, shift):
-    """Turn the hue of HSV by `shift` of the whole circle. h is the hue in sixths of it; v and c are the value and the chroma."""
+    """Turn the hue of HSV by `shift` of the whole circle.
+
+    With r, g, b taken to 0..1 between the least and the largest channel, the hue in sixths is 1 - r + g + b, with the sign of g - b: 0 at red, 2 at
+    green, 4 at blue, so that no case by case is needed. Back again, a channel is 2 - |its distance from the hue|, cut to 0..1.
+    """
     r, g, b = x.unbind(1)
-    v, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    c = v - least
-    s = c.clamp(min=1e-6)
-    r_largest, g_largest = (r - v).sign_().add_(1), (g - v).sign_().add_(1)               # 1 or 0; lerp chooses many times faster than where
-    h = torch.lerp((r - g).div_(s).add_(4), (b - r).div_(s).add_(2), g_largest)
-    h = torch.lerp(h, (g - b).div_(s), r_largest).add_(6 * shift[:, 0])
-    h.sub_((h / 6).floor_().mul_(6))
-    torch.sub(h, 3, out=r).abs_().sub_(1)                       # from here on x holds each channel's share of the chroma
-    torch.sub(h, 2, out=g).abs_().neg_().add_(2)
-    torch.sub(h, 4, out=b).abs_().neg_().add_(2)
-    x.clamp_(0, 1).mul_(c[:, None]).add_(least[:, None])
+    largest, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = largest - least
+    hue = (g + b).sub_(r).sub_(least).add_(chroma).div_((6 * chroma).clamp_(min=1e-6))     # of the whole circle
+    hue = hue.copysign_(g - b).add_(shift[:, 0] + 2).frac_()                               # 2: makes it positive
+    torch.sub(hue, 1 / 2, out=r).abs_().mul_(6).sub_(1)
+    torch.sub(hue, 1 / 3, out=g).abs_().mul_(-6).add_(2)
+    torch.sub(hue, 2 / 3, out=b).abs_().mul_(-6).add_(2)
+    torch.addcmul(least[:, None], x.clamp_(0, 1), chroma[:, None], out=x)
 
 
 def color_jitter(x, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, chunk=64):
@@ -593,7 +599,7 @@ def _blur_weights(sd, n, radius):
 
 def solarize(x, p=0.2, threshold=0.5):
     """Invert what is at least `threshold`."""
-    return torch.where(_choose(x, p) & (x >= threshold), 1 - x, x)
+    return _on_some(x, p, lambda x: torch.where(x >= threshold, 1 - x, x))
 
 
 def cutout(x, p=1.0, size=0.5, value=0.0):
@@ -603,33 +609,37 @@ def cutout(x, p=1.0, size=0.5, value=0.0):
     top, left = _draw(x, 0, height) - half, _draw(x, 0, width) - half
     row, column = torch.arange(height, device=x.device)[:, None] + 0.5, torch.arange(width, device=x.device) + 0.5
     inside = (row > top) & (row < top + 2 * half) & (column > left) & (column < left + 2 * half)
-    return torch.where(inside & _choose(x, p), value, x)
+    return x.masked_fill_(inside & _choose(x, p), value)
 
 
 def rotate(x, p=1.0):
     """Turn counter-clockwise by 0, 90, 180 or 270 degrees, equally likely. Square images only."""
-    turns = torch.where(_choose(x, p), (_draw(x, 0, 4)).floor(), 0.0)
+    turns = torch.where(torch.rand(len(x)) < p, torch.randint(4, (len(x),)), 0)
     for k in (1, 2, 3):
-        x = torch.where(turns == k, x.rot90(k, (2, 3)), x)
+        chosen = (turns == k).nonzero()[:, 0].to(x.device, non_blocking=True)
+        x.index_copy_(0, chosen, x.index_select(0, chosen).rot90(k, (2, 3)))
     return x
 
 
 def sobel(x, p=1.0):
     """Strength of the luma's gradient (Sobel's 3x3 filters over 4, so that a full step gives 1), on all three channels."""
-    gray = F.pad(to_gray(x), (1, 1, 1, 1), mode="replicate")
     kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=x.device) / 4
-    gx, gy = F.conv2d(gray, torch.stack([kernel, kernel.T])[:, None]).split(1, 1)
-    return torch.where(_choose(x, p), (gx * gx + gy * gy).sqrt().clamp(0, 1), x)
+
+    def edges(x):
+        gx, gy = F.conv2d(F.pad(to_gray(x), (1, 1, 1, 1), mode="replicate"), torch.stack([kernel, kernel.T])[:, None]).split(1, 1)
+        return (gx * gx + gy * gy).sqrt_().clamp_(0, 1).expand_as(x)
+
+    return _on_some(x, p, edges)
 
 
 def noise(x, p=1.0, std=0.1):
     """Add Gaussian noise and clip to 0..1."""
-    return torch.where(_choose(x, p), (x + std * torch.randn(x.shape).to(x.device)).clamp(0, 1), x)
+    return _on_some(x, p, lambda x: x.add_(torch.randn(x.shape).to(x.device), alpha=std).clamp_(0, 1))
 
 
 def normalize(x, mean, std):
-    """(x - mean) / std a channel; mean and std are triples."""
-    return (x - torch.tensor(mean, device=x.device)[:, None, None]) / torch.tensor(std, device=x.device)[:, None, None]
+    """(x - mean) / std a channel; mean and std are triples. In place as well."""
+    return x.sub_(torch.tensor(mean, device=x.device)[:, None, None]).div_(torch.tensor(std, device=x.device)[:, None, None])
 
 
 # ---------------------------------------------------------------- 2. ResNets
