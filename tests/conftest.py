@@ -35,11 +35,16 @@ def run(script, *args, processes=1, cwd=None, timeout=180, **options):
                           timeout=timeout, **options)
 
 
+def train(script, *args):
+    """The run of `script`, a module, in this process: saves the five seconds that a new one takes to start."""
+    script.train(script.parse_args(list(map(str, args))), torch.device("cpu"))
+
+
 def mistake(script, args):
-    """The message of a user's mistake that `script`, a module, must notice before its first step, in this process."""
+    """The message of a user's mistake that `script`, a module, must notice before its first step."""
     import common
     with pytest.raises((common.UserError, SystemExit)) as e:
-        script.train(script.parse_args(list(map(str, args))), torch.device("cpu"))
+        train(script, *args)
     return str(e.value)
 
 
@@ -76,7 +81,7 @@ def assert_equal_runs(a, b):
 
 
 def run_killed(folder, script, *args, processes=1, times=3):
-    """Start the run, kill it without warning at a random moment, so many times over, and then let it finish."""
+    """Start the run, kill it without warning at a random moment, so many times over; it goes on afterwards, or under torchrun's eyes."""
     args = [*args, "--output", folder, "--save-every", 3]
     moments, log, kills = random.Random(processes), folder / "log.jsonl", 0
     folder.mkdir(exist_ok=True)
@@ -96,8 +101,70 @@ def run_killed(folder, script, *args, processes=1, times=3):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-    result = run(script, *args, processes=processes)
-    assert result.returncode == 0, result.stderr
+
+
+def run_restarted(folder, script, *args):
+    """Two processes, of which one is killed without warning after the first checkpoint; torchrun starts both again. Returns what was said."""
+    args = [*args, "--output", folder, "--save-every", 3]
+    process = subprocess.Popen(command(script, *args, processes=2, torchrun=["--max-restarts=1"]), env=environment(2), stderr=subprocess.PIPE, text=True)
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = [pid for pid in children if script in open(f"/proc/{pid}/cmdline").read()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "going on from step" in errors, errors
+    return errors
+
+
+def check_resuming(folder, script, *args, processes):
+    """A run of `script`, a module, that is killed without warning and goes on is the one that was not, bit for bit; evaluate.py reads its checkpoint."""
+    import evaluate
+    name = f"{script.__name__}.py"
+    if processes == 1:
+        train(script, *args, "--output", folder / "whole")
+        run_killed(folder / "killed", name, *args, times=1)
+        train(script, *args, "--output", folder / "killed", "--save-every", 3)
+        evaluate.knn(evaluate.parse_args(["knn", str(folder / "whole" / "checkpoint.pt")]), torch.device("cpu"))
+    else:
+        result = run(name, *args, "--output", folder / "whole", processes=2)
+        assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
+        run_restarted(folder / "killed", name, *args)
+    assert_equal_runs(folder / "killed", folder / "whole")
+
+
+TWO_PROCESSES = """
+import sys, torch, common
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+torch.manual_seed(0)
+several = common.rank, common.world_size
+common.rank, common.world_size = lambda: 0, lambda: 1           # first as if alone: the whole batch
+{body}
+parts = [slice(0, 4), slice(4, 8)]
+loss(model, slice(0, 8)).backward()
+whole = [w.grad.clone() for w in model.parameters()]
+model.zero_grad()
+common.rank, common.world_size = several
+common.start()
+network = DistributedDataParallel(model)
+loss(network, parts[common.rank()]).backward()
+for w, expected in zip(model.parameters(), whole):
+    assert (w.grad - expected).norm() <= 1e-10 * expected.norm()
+{after}
+torch.distributed.barrier()
+print("both agree")
+"""
+
+
+def check_two_processes(folder, body, after=""):
+    """`body` defines, in float64, `model` and `loss(network, mine)`, the loss of the images `mine` of 8. In two processes with four images each
+    the gradient must be that of the whole batch in one; `after` may check more, with `common.rank()` and `parts`."""
+    script = folder / "two_processes.py"
+    script.write_text(TWO_PROCESSES.format(body=body, after=after))
+    result = run(script, processes=2)
+    assert result.returncode == 0 and result.stdout.count("both agree") == 2, result.stderr
 
 
 @pytest.fixture(scope="session")

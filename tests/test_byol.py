@@ -7,7 +7,7 @@ from torch import nn
 
 import byol
 import common
-from conftest import BOOKS, TINY, assert_equal_runs, mistake, run, run_killed
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
 
 TINY = [*TINY, "--dim", "16", "--hidden", "32", "--lr", "2"]
 
@@ -59,11 +59,9 @@ def test_presets_change_rate_decay_and_momentum():
     assert (settings[300]["blur1"], settings[300]["blur2"], settings[300]["solarize2"]) == (1.0, 0.1, 0.2)
 
 
-GRADIENTS = """
-import sys, torch, common, byol
-from torch.nn.parallel import DistributedDataParallel
-device = common.start()
-torch.manual_seed(0)
+def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
+    check_two_processes(tmp_path, """
+import byol
 class Online(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -71,29 +69,12 @@ class Online(torch.nn.Module):
     def forward(self, x1, x2):
         z1, z2 = self.f(x1), self.f(x2)
         return self.q(z1), self.q(z2)
-model, target = Online().double(), torch.nn.Linear(12, 6).double()
+model, target = Online().double(), torch.nn.Linear(12, 6).double().requires_grad_(False)
 x1, x2 = torch.randn(2, 8, 12, dtype=torch.float64)
-n = 8 // common.world_size()
-mine = slice(common.rank() * n, (common.rank() + 1) * n)
-network = DistributedDataParallel(model) if common.world_size() > 1 else model
-p1, p2 = network(x1[mine], x2[mine])
-with torch.no_grad():
-    target1, target2 = target(x1[mine]), target(x2[mine])
-(byol.regression_loss(p1, target2) + byol.regression_loss(p2, target1)).backward()
-torch.save([p.grad for p in model.parameters()], f"{sys.argv[1]}/{common.world_size()}-{common.rank()}.pt")
-if common.world_size() > 1:
-    torch.distributed.barrier()
-"""
-
-
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
-    for processes in (1, 2):
-        result = run(script, tmp_path, processes=processes)
-        assert result.returncode == 0, result.stderr
-    for a, b in zip(torch.load(tmp_path / "2-1.pt"), torch.load(tmp_path / "1-0.pt")):
-        assert (a - b).norm() <= 1e-10 * b.norm()
+def loss(network, mine):
+    p1, p2 = network(x1[mine], x2[mine])
+    return byol.regression_loss(p1, target(x2[mine])) + byol.regression_loss(p2, target(x1[mine]))
+""")
 
 
 def test_accumulated_step_is_the_step_of_the_large_batch(tmp_path, monkeypatch):
@@ -102,8 +83,7 @@ def test_accumulated_step_is_the_step_of_the_large_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(byol, "mlp", lambda dim_in, hidden, dim: nn.Sequential(nn.Linear(dim_in, hidden), nn.ReLU(), nn.Linear(hidden, dim)))
     weights = []
     for accumulate in ("1", "4"):
-        args = byol.parse_args([*map(str, TINY), "--epochs", "1", "--batch-size", "496", "--accumulate", accumulate, "--output", str(tmp_path / accumulate)])
-        byol.train(args, torch.device("cpu"))
+        train(byol, *TINY, "--epochs", 1, "--batch-size", 496, "--accumulate", accumulate, "--output", tmp_path / accumulate)
         weights.append(torch.load(tmp_path / accumulate / "checkpoint.pt")["model"])
     for k, v in weights[0].items():
         assert (v - weights[1][k]).norm() <= 1e-4 * v.norm() + 1e-7, k
@@ -111,13 +91,7 @@ def test_accumulated_step_is_the_step_of_the_large_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
-    result = run("byol.py", *TINY, *BOOKS, "--output", tmp_path / "whole", processes=processes)
-    assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
-    run_killed(tmp_path / "killed", "byol.py", *TINY, *BOOKS, processes=processes, times=1)
-    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
-    if processes == 1:
-        probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
-        assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
+    check_resuming(tmp_path, byol, *TINY, *BOOKS, processes=processes)
 
 
 def test_misuse(tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moco
-from conftest import BOOKS, TINY, assert_equal_runs, mistake, run, run_killed
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
 
 TINY = [*TINY, "--queue-size", "2000", "--dim", "16", "--bn-splits", "2"]
 
@@ -108,47 +108,26 @@ def test_what_shuffling_is_for():
     assert query == key
 
 
-PROCESSES = """
-import sys, torch, common, moco
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-device = common.start()
-torch.manual_seed(0)
+def test_two_processes_shuffle_and_learn_as_one(tmp_path):
+    check_two_processes(tmp_path, """
+import moco
 model = torch.nn.Linear(12, 6).double()
-x, k, queue = torch.randn(8, 12).double(), F.normalize(torch.randn(8, 6).double(), dim=1), F.normalize(torch.randn(16, 6).double(), dim=1)
-n = 8 // common.world_size()
-mine = slice(common.rank() * n, (common.rank() + 1) * n)
+x = torch.randn(8, 12).double()
+k, queue = (F.normalize(torch.randn(n, 6).double(), dim=1) for n in (8, 16))
+def loss(network, mine):
+    return moco.info_nce(F.normalize(network(x[mine]), dim=1), k[mine], queue, 0.2)
+""", """
+mine = parts[common.rank()]
 torch.manual_seed(common.rank())
 dealt, order = moco.shuffle(x[mine])
 back, everyones = moco.unshuffle(dealt, order)
 assert torch.equal(back, x[mine]) and torch.equal(everyones, x) and not torch.equal(dealt, x[mine])
-network = DistributedDataParallel(model) if common.world_size() > 1 else model
-moco.info_nce(F.normalize(network(x[mine]), dim=1), k[mine], queue, 0.2).backward()
-torch.save([p.grad for p in model.parameters()], f"{sys.argv[1]}/{common.world_size()}-{common.rank()}.pt")
-if common.world_size() > 1:
-    torch.distributed.barrier()
-"""
+""")
 
 
-def test_two_processes_shuffle_and_learn_as_one(tmp_path):
-    script = tmp_path / "processes.py"
-    script.write_text(PROCESSES)
-    for processes in (1, 2):
-        result = run(script, tmp_path, processes=processes)
-        assert result.returncode == 0, result.stderr
-    for a, b in zip(torch.load(tmp_path / "2-1.pt"), torch.load(tmp_path / "1-0.pt")):
-        assert (a - b).norm() <= 1e-10 * b.norm()
-
-
-@pytest.mark.parametrize("processes,extra", [(1, ["--symmetric"]), (2, [])])
-def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra):
-    result = run("moco.py", *TINY, *extra, *BOOKS, "--output", tmp_path / "whole", processes=processes)
-    assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
-    run_killed(tmp_path / "killed", "moco.py", *TINY, *extra, *BOOKS, processes=processes, times=1)
-    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
-    if processes == 1:
-        probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
-        assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
+    check_resuming(tmp_path, moco, *TINY, "--symmetric", *BOOKS, processes=processes)
 
 
 def test_misuse(tmp_path, capsys):

@@ -7,7 +7,8 @@ from torch import nn
 
 import common
 import simclr
-from conftest import BOOKS, TINY, assert_equal_runs, command, environment, mistake, one_line, result_of, run, run_killed
+from conftest import (BOOKS, TINY, assert_equal_runs, check_two_processes, command, environment, mistake, one_line, result_of, run, run_killed,
+                      run_restarted, train)
 
 TINY = [*TINY, "--warmup-epochs", "1", "--lr", "2"]
 
@@ -60,39 +61,21 @@ def test_model_is_the_papers():
 
 # ---------------------------------------------------------------- several processes
 
-GRADIENTS = """
-import sys, torch, common, simclr
-from torch.nn.parallel import DistributedDataParallel
-device = common.start()
-torch.manual_seed(0)
+def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
+    check_two_processes(tmp_path, """
+import simclr
 model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 6)).double()
 x1, x2 = torch.randn(2, 8, 12, dtype=torch.float64)
-n = 8 // common.world_size()
-mine = slice(common.rank() * n, (common.rank() + 1) * n)
-network = DistributedDataParallel(model) if common.world_size() > 1 else model
-z1, z2 = network(torch.cat([x1[mine], x2[mine]])).chunk(2)
-loss = simclr.nt_xent(z1, z2, 0.3)
-loss.backward()
-total = loss.detach().clone()
-if common.world_size() > 1:
-    torch.distributed.all_reduce(total)
-    total /= common.world_size()
-torch.save([total, *(p.grad for p in model.parameters())], f"{sys.argv[1]}/{common.world_size()}-{common.rank()}.pt")
-if common.world_size() > 1:
-    torch.distributed.barrier()
-"""
-
-
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
-    for processes in (1, 2):
-        result = run(script, tmp_path, processes=processes)
-        assert result.returncode == 0, result.stderr
-    whole = torch.load(tmp_path / "1-0.pt")
-    for r in (0, 1):
-        for a, b in zip(torch.load(tmp_path / f"2-{r}.pt"), whole):
-            assert (a - b).norm() <= 1e-10 * b.norm()
+values = {}
+def loss(network, mine):
+    value = simclr.nt_xent(*network(torch.cat([x1[mine], x2[mine]])).chunk(2), 0.3)
+    values[mine.start, mine.stop] = value.detach().clone()
+    return value
+""", """
+mean = values[parts[common.rank()].start, parts[common.rank()].stop]
+torch.distributed.all_reduce(mean)
+assert (mean / 2 - values[0, 8]).abs() < 1e-12
+""")
 
 
 # ---------------------------------------------------------------- whole runs
@@ -128,6 +111,8 @@ def test_run_leaves_its_books(finished):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_killed_three_times_is_the_run_that_was_not(finished, tmp_path, processes):
     run_killed(tmp_path, "simclr.py", *TINY, *BOOKS, processes=processes)
+    result = run("simclr.py", *TINY, *BOOKS, "--output", tmp_path, "--save-every", 3, processes=processes)
+    assert result.returncode == 0, result.stderr
     assert_equal_runs(tmp_path, finished[processes])
 
 
@@ -149,17 +134,8 @@ def test_signals_save_and_end(finished, tmp_path, name, status):
         assert_equal_runs(tmp_path, finished[1])
 
 
-def test_signal_to_one_of_two_processes_stops_both_and_torchrun_restarts_go_on(finished, tmp_path):
-    args = [*TINY, "--output", tmp_path, *BOOKS, "--save-every", 3]
-    process = subprocess.Popen(command("simclr.py", *args, processes=2, torchrun=["--max-restarts=1"]), env=environment(2), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    workers = [pid for pid in children if "simclr.py" in open(f"/proc/{pid}/cmdline").read()]
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and "going on from step" in errors, errors
+def test_one_of_two_processes_dies_and_torchrun_goes_on(finished, tmp_path):
+    run_restarted(tmp_path, "simclr.py", *TINY, *BOOKS)
     assert_equal_runs(tmp_path, finished[2])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import simsiam
-from conftest import BOOKS, TINY, assert_equal_runs, mistake, run, run_killed
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
 
 TINY = [*TINY, "--dim", "64", "--hidden", "16", "--lr", "2"]
 
@@ -47,11 +47,9 @@ def test_model_is_the_papers():
     assert isinstance(simsiam.SimSiam("resnet10x0.25", "small", 2, 8, 4, with_predictor=False).predictor, nn.Identity)
 
 
-GRADIENTS = """
-import sys, torch, common, simsiam
-from torch.nn.parallel import DistributedDataParallel
-device = common.start()
-torch.manual_seed(0)
+def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
+    check_two_processes(tmp_path, """
+import simsiam
 class Twins(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -61,41 +59,19 @@ class Twins(torch.nn.Module):
         return self.h(z1), self.h(z2), z1, z2
 model = Twins().double()
 x1, x2 = torch.randn(2, 8, 12, dtype=torch.float64)
-n = 8 // common.world_size()
-mine = slice(common.rank() * n, (common.rank() + 1) * n)
-network = DistributedDataParallel(model) if common.world_size() > 1 else model
-p1, p2, z1, z2 = network(x1[mine], x2[mine])
-(simsiam.negative_cosine(p1, z2) / 2 + simsiam.negative_cosine(p2, z1) / 2).backward()
-torch.save([p.grad for p in model.parameters()], f"{sys.argv[1]}/{common.world_size()}-{common.rank()}.pt")
-if common.world_size() > 1:
-    torch.distributed.barrier()
-"""
-
-
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
-    for processes in (1, 2):
-        result = run(script, tmp_path, processes=processes)
-        assert result.returncode == 0, result.stderr
-    for a, b in zip(torch.load(tmp_path / "2-1.pt"), torch.load(tmp_path / "1-0.pt")):
-        assert (a - b).norm() <= 1e-10 * b.norm()
+def loss(network, mine):
+    p1, p2, z1, z2 = network(x1[mine], x2[mine])
+    return simsiam.negative_cosine(p1, z2) / 2 + simsiam.negative_cosine(p2, z1) / 2
+""")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
-    result = run("simsiam.py", *TINY, *BOOKS, "--output", tmp_path / "whole", processes=processes)
-    assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
-    run_killed(tmp_path / "killed", "simsiam.py", *TINY, *BOOKS, processes=processes, times=1)
-    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
-    if processes == 1:
-        probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
-        assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
+    check_resuming(tmp_path, simsiam, *TINY, *BOOKS, processes=processes)
 
 
 def test_predictor_keeps_its_rate_and_the_rest_follows_the_cosine(tmp_path):
-    result = run("simsiam.py", *TINY, "--optimizer", "sgd", "--warmup-epochs", "0", "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
+    train(simsiam, *TINY, "--optimizer", "sgd", "--warmup-epochs", 0, "--output", tmp_path)
     groups = torch.load(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
     peak = 2 * 500 / 256
     assert groups[0]["lr"] == pytest.approx(peak * (1 + math.cos(math.pi * 29 / 30)) / 2) and groups[1]["lr"] == peak

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import swav
-from conftest import BOOKS, TINY, assert_equal_runs, mistake, run, run_killed
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
 
 TINY = [*TINY, "--small-size", "6", "--small-crops", "2", "--num-prototypes", "12", "--hidden", "32", "--dim", "16"]
 
@@ -68,36 +68,31 @@ def test_loss_equals_its_equation():
     assert swav.swapped_prediction([s.float() for s in scores], [q.float() for q in codes], 0.1).item() == pytest.approx(expected, rel=1e-5)
 
 
-PROCESSES = """
-import sys, torch, common, swav
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-device = common.start()
-torch.manual_seed(0)
+def test_codes_queue_and_gradient_of_two_processes_are_those_of_the_whole_batch(tmp_path):
+    check_two_processes(tmp_path, """
+import swav
 model = torch.nn.Linear(12, 6).double()
 x = torch.randn(2, 8, 12).double()
-n = 8 // common.world_size()
-mine = slice(common.rank() * n, (common.rank() + 1) * n)
-network = DistributedDataParallel(model) if common.world_size() > 1 else model
-scores = network(x[:, mine]).tanh()
-codes = [swav.sinkhorn(s.detach(), 0.05, 3) for s in scores]
-swav.swapped_prediction(list(scores), codes, 0.1).backward()
-torch.save([torch.stack(codes), *(p.grad for p in model.parameters())], f"{sys.argv[1]}/{common.world_size()}-{common.rank()}.pt")
-if common.world_size() > 1:
-    torch.distributed.barrier()
-"""
+seen = {}
+def loss(network, mine):
+    scores = network(x[:, mine]).tanh()
+    seen[mine.start, mine.stop] = codes = [swav.sinkhorn(s.detach(), 0.05, 3) for s in scores]
+    return swav.swapped_prediction(list(scores), codes, 0.1)
 
-
-def test_codes_and_gradient_of_two_processes_are_those_of_the_whole_batch(tmp_path):
-    script = tmp_path / "processes.py"
-    script.write_text(PROCESSES)
-    for processes in (1, 2):
-        result = run(script, tmp_path, processes=processes)
-        assert result.returncode == 0, result.stderr
-    whole, halves = torch.load(tmp_path / "1-0.pt"), [torch.load(tmp_path / f"2-{r}.pt") for r in (0, 1)]
-    assert (torch.cat([h[0] for h in halves], 1) - whole[0]).abs().max() < 1e-12
-    for a, b in zip(halves[1][1:], whole[1:]):
-        assert (a - b).norm() <= 1e-10 * b.norm()
+def queued(mine):
+    torch.manual_seed(1)
+    holder = swav.SwAV("resnet10x0.0625", "small", 8, 6, 5, 16).double()
+    batches = F.normalize(torch.randn(4, 8, 6).double(), dim=2)
+    return [holder.codes(z[mine], holder.prototypes(z[mine]), 0, True, 0.05, 3) for z in batches], holder.queue
+whole_codes, whole_queue = queued(slice(0, 8))
+""", """
+mine = parts[common.rank()]
+for codes, expected in zip(seen[mine.start, mine.stop], seen[0, 8]):
+    assert (codes - expected[mine]).abs().max() < 1e-12
+codes, queue = queued(mine)                                     # the queue is full for the last two of the four batches
+assert torch.equal(queue, whole_queue) and queue[0].any(1).all()
+assert all((a - b[mine]).abs().max() < 1e-12 for a, b in zip(codes, whole_codes))
+""")
 
 
 def test_queue_is_used_once_full_and_newest_come_first():
@@ -115,31 +110,24 @@ def test_queue_is_used_once_full_and_newest_come_first():
 
 
 def test_prototypes_are_frozen_at_first(tmp_path):
-    import common
     weights = []
     for freeze in ("3", "0"):
-        args = swav.parse_args([*map(str, TINY), "--epochs", "1", "--freeze-epochs", freeze, "--output", str(tmp_path / freeze)])
-        swav.train(args, torch.device("cpu"))
+        train(swav, *TINY, "--epochs", 1, "--freeze-epochs", freeze, "--output", tmp_path / freeze)
         weights.append(torch.load(tmp_path / freeze / "checkpoint.pt")["model"]["prototypes.weight"])
+    args = swav.parse_args(TINY)
     torch.manual_seed(args.seed)
     start = swav.SwAV(args.arch, args.stem, args.hidden, args.dim, args.num_prototypes, 0).prototypes.weight
     assert torch.allclose(weights[0], F.normalize(start, dim=1), atol=1e-6) and not torch.allclose(weights[1], weights[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("processes,extra", [(1, ["--queue-size", "1000", "--queue-start", "1"]), (2, ["--queue-size", "1000", "--queue-start", "0.5"])])
-def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra):
-    result = run("swav.py", *TINY, *extra, *BOOKS, "--output", tmp_path / "whole", processes=processes)
-    assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
-    run_killed(tmp_path / "killed", "swav.py", *TINY, *extra, *BOOKS, processes=processes, times=1)
-    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
-    if processes == 1:
-        probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
-        assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
+    check_resuming(tmp_path, swav, *TINY, "--queue-size", 1000, "--queue-start", 0.5, *BOOKS, processes=processes)
 
 
-def test_a_collapse_is_named_in_the_log(tmp_path):
-    result = run("swav.py", *TINY, "--epochs", "2", "--lr", "1e-12", "--optimizer", "larc", "--temperature", "50", "--output", tmp_path)      # all crops: nearly equal shares
-    assert result.returncode == 0 and "ln K" in result.stderr, result.stderr
+def test_a_collapse_is_named_in_the_log(tmp_path, capsys):
+    train(swav, *TINY, "--epochs", 2, "--lr", 1e-12, "--optimizer", "larc", "--temperature", 50, "--output", tmp_path)       # all crops: nearly equal shares
+    assert "ln K" in capsys.readouterr().err
 
 
 def test_misuse(tmp_path, capsys):
