@@ -1202,7 +1202,7 @@ class Run:
                 raise UserError(f"{self.log_file}: could not be written ({_first_line(e)}); the checkpoint before is as it was") from None
             self._progress(line, (self.total - self.step) * self.args.batch_size / max(rate, 1e-9))
             if measure or self.step == self.total:
-                self._draw_curves()
+                draw_curves([self.folder], self.folder / "curves.png")
         self._start_clock()
 
     def _measure_knn(self):
@@ -1223,21 +1223,6 @@ class Run:
             self.told = time.perf_counter()
             say(text)
 
-    def _draw_curves(self):
-        plt = pyplot()
-        lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-        titles = dict(loss="loss", knn="kNN accuracy, %", z_std="spread of z (about 1: healthy, 0: collapsed)", lr="learning rate")
-        for ax, (key, title) in zip(axes.flat, titles.items()):
-            points = [(line["step"] / len(self.batches), line[key]) for line in lines if key in line]
-            ax.plot(*zip(*points) if points else ([], []), marker="o" if key == "knn" else "", color="#2a6f97")
-            ax.set(title=title, xlabel="epoch")
-            ax.grid(alpha=0.3)
-        axes[1, 0].set_ylim(0, 1.1)
-        axes[1, 1].set_ylim(bottom=0)
-        figure.suptitle(f"{self.method}, {self.args.arch} on {self.args.data}")
-        save_picture(figure, self.folder / "curves.png")
-
     def _draw_views(self, views):
         """A row for each of the first images of this batch: the image and its views."""
         indices = self.indices[:8]
@@ -1255,6 +1240,25 @@ class Run:
                 if row == 0:
                     ax.set_title("image" if column == 0 else f"view {column}", fontsize=9)
         save_picture(figure, self.folder / "views.png")
+
+
+def draw_curves(folders, path):
+    """Loss, kNN accuracy, spread of z and learning rate of the runs in `folders`, a line each, as a PNG."""
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    titles = dict(loss="loss", knn="kNN accuracy, %", z_std="spread of z (about 1: healthy, 0: collapsed)", lr="learning rate")
+    for folder in map(Path, folders):
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for ax, key in zip(axes.flat, titles):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            ax.plot(*zip(*points) if points else ([], []), marker="o" if key == "knn" else "", label=folder.name)
+    for ax, title in zip(axes.flat, titles.values()):
+        ax.set(title=title, xlabel="step")
+        ax.grid(alpha=0.3)
+    axes[1, 0].set_ylim(0, 1.1)
+    axes[1, 1].set_ylim(bottom=0)
+    axes[0, 0].legend()
+    save_picture(figure, path)
 
 
 def pyplot():

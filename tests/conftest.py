@@ -7,7 +7,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                        # the networks here are too small for more
 
 
 def pytest_configure(config):
@@ -25,13 +25,13 @@ def command(script, *args, processes=1, torchrun=()):
     return [*start, str(ROOT / script) if not os.path.isabs(str(script)) else str(script), *map(str, args)]
 
 
-def environment(processes=1):
-    return dict(os.environ, OMP_NUM_THREADS=str(max(1, 2 // processes)), PYTHONPATH=str(ROOT))
+def environment(threads=1):
+    return dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT))
 
 
-def run(script, *args, processes=1, cwd=None, timeout=180, **options):
+def run(script, *args, processes=1, threads=1, cwd=None, timeout=180, **options):
     """Run a script to its end; returns the CompletedProcess with text output."""
-    return subprocess.run(command(script, *args, processes=processes), cwd=cwd, env=environment(processes), capture_output=True, text=True,
+    return subprocess.run(command(script, *args, processes=processes), cwd=cwd, env=environment(threads), capture_output=True, text=True,
                           timeout=timeout, **options)
 
 
@@ -54,6 +54,26 @@ def one_line(result):
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     return lines[0]
+
+
+def watch(monkeypatch, *functions):
+    """Replace each (owner, name) by itself plus a note in the list that is returned: (name, arguments, result), in the order of the calls."""
+    calls = []
+
+    def noting(name, function):
+        def called(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls.append((name, args, result))
+            return result
+        return called
+
+    for owner, name in functions:
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    return calls
+
+
+def logged(folder, key):
+    return [json.loads(line)[key] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 # A run of 30 steps that takes a second or two, for every method.
@@ -87,7 +107,7 @@ def run_killed(folder, script, *args, processes=1, times=3):
     folder.mkdir(exist_ok=True)
     while kills < times:
         seen = len(log.read_text().splitlines()) if log.exists() else 0
-        process = subprocess.Popen(command(script, *args, processes=processes), env=environment(processes), stderr=subprocess.DEVNULL,
+        process = subprocess.Popen(command(script, *args, processes=processes), env=environment(), stderr=subprocess.DEVNULL,
                                    start_new_session=True)
         deadline = time.time() + 60
         while process.poll() is None and time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > max(seen - 1, 0)):
@@ -106,7 +126,7 @@ def run_killed(folder, script, *args, processes=1, times=3):
 def run_restarted(folder, script, *args):
     """Two processes, of which one is killed without warning after the first checkpoint; torchrun starts both again. Returns what was said."""
     args = [*args, "--output", folder, "--save-every", 3]
-    process = subprocess.Popen(command(script, *args, processes=2, torchrun=["--max-restarts=1"]), env=environment(2), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(script, *args, processes=2, torchrun=["--max-restarts=1"]), env=environment(), stderr=subprocess.PIPE, text=True)
     while not (folder / "checkpoint.pt").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)

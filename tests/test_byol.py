@@ -7,7 +7,7 @@ from torch import nn
 
 import byol
 import common
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train, watch
 
 TINY = [*TINY, "--dim", "16", "--hidden", "32", "--lr", "2"]
 
@@ -87,6 +87,17 @@ def test_accumulated_step_is_the_step_of_the_large_batch(tmp_path, monkeypatch):
         weights.append(torch.load(tmp_path / accumulate / "checkpoint.pt")["model"])
     for k, v in weights[0].items():
         assert (v - weights[1][k]).norm() <= 1e-4 * v.norm() + 1e-7, k
+
+
+def test_momentum_rises_to_1_and_the_two_orders_are_added(tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (byol.BYOL, "forward"), (common.LARS, "step"), (byol.BYOL, "update_target"))
+    real = byol.regression_loss
+    monkeypatch.setattr(byol, "regression_loss", lambda p, z: 0 * real(p, z) + 1.5)
+    train(byol, *TINY, "--ema-momentum", 0.9, "--log-every", 1, "--knn-every", 0, "--output", tmp_path)
+    assert [name for name, _, _ in calls] == ["forward", "step", "update_target"] * 30
+    momenta = [args[1] for name, args, _ in calls if name == "update_target"]
+    assert momenta == pytest.approx([1 - 0.1 * (math.cos(math.pi * k / 30) + 1) / 2 for k in range(30)])      # section 3.3
+    assert logged(tmp_path, "loss") == pytest.approx([3.0] * 30)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moco
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train, watch
 
 TINY = [*TINY, "--queue-size", "2000", "--dim", "16", "--bn-splits", "2"]
 
@@ -123,6 +123,28 @@ dealt, order = moco.shuffle(x[mine])
 back, everyones = moco.unshuffle(dealt, order)
 assert torch.equal(back, x[mine]) and torch.equal(everyones, x) and not torch.equal(dealt, x[mine])
 """)
+
+
+def test_order_of_a_step(tmp_path, monkeypatch):
+    """The key network moves before the keys are made; a query is scored against the queue before its own keys enter it."""
+    calls = watch(monkeypatch, (moco.MoCo, "update_keys_network"), (moco.MoCo, "forward"), (moco, "info_nce"), (moco.MoCo, "enqueue"))
+    train(moco, *TINY, "--epochs", 1, "--output", tmp_path)
+    assert [name for name, _, _ in calls] == ["update_keys_network", "forward", "info_nce", "enqueue"] * 10
+    (_, _, (_, _, keys)), (_, (_, _, queue, _), _), (_, (_, entered), _) = calls[1:4]
+    assert torch.equal(entered, keys) and not (queue[:, None] == keys).all(2).any()
+    assert torch.equal(calls[6][1][2][:500], keys)             # the next query sees them
+
+
+def test_version_1_has_its_own_schedule_and_augmentation(tmp_path, monkeypatch):
+    operations = watch(monkeypatch, *((moco.common, name) for name in ("grayscale", "color_jitter", "gaussian_blur", "flip", "normalize")))
+    train(moco, *TINY, "--version", 1, "--lr", 0.01, "--log-every", 1, "--knn-every", 0, "--output", tmp_path)
+    assert logged(tmp_path, "lr") == pytest.approx([0.01 * 500 / 256 * fall for fall in [1] * 18 + [0.1] * 6 + [0.01] * 6])
+    x = torch.rand(2, 3, 8, 8)
+    for version, blur, names in ((1, 0.5, "grayscale color_jitter flip normalize"), (2, 0, "color_jitter grayscale flip normalize"),
+                                 (2, 0.5, "color_jitter grayscale gaussian_blur flip normalize")):
+        operations.clear()
+        moco.augment(x, version, 1.0, blur)
+        assert [name for name, _, _ in operations] == names.split()
 
 
 @pytest.mark.parametrize("processes", [1, 2])

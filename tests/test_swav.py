@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import swav
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train, watch
 
 TINY = [*TINY, "--small-size", "6", "--small-crops", "2", "--num-prototypes", "12", "--hidden", "32", "--dim", "16"]
 
@@ -118,6 +118,15 @@ def test_prototypes_are_frozen_at_first(tmp_path):
     torch.manual_seed(args.seed)
     start = swav.SwAV(args.arch, args.stem, args.hidden, args.dim, args.num_prototypes, 0).prototypes.weight
     assert torch.allclose(weights[0], F.normalize(start, dim=1), atol=1e-6) and not torch.allclose(weights[1], weights[0], atol=1e-3)
+
+
+def test_prototypes_are_normalised_first_and_the_rate_ends_above_0(tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (swav.SwAV, "normalize_prototypes"), (swav.SwAV, "forward"), (swav.SwAV, "codes"), (swav, "swapped_prediction"))
+    train(swav, *TINY, "--warmup-epochs", 1, "--lr", 0.016, "--log-every", 1, "--knn-every", 0, "--output", tmp_path)
+    assert [name for name, _, _ in calls] == ["normalize_prototypes", "forward", "codes", "codes", "swapped_prediction"] * 30
+    rates, peak = logged(tmp_path, "lr"), 0.016 * 500 / 256
+    assert rates[0] == pytest.approx(peak / 16) and rates[9] == pytest.approx(peak * (1 + 9 * 15 / 10) / 16) and rates[10] == pytest.approx(peak)
+    assert rates[-1] == pytest.approx(peak * (0.001 + 0.999 * (1 + math.cos(math.pi * 19 / 20)) / 2))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
