@@ -66,7 +66,7 @@ SMALL = dict(IMAGENET,                               # solo-learn's for CIFAR-10
 )
 SHAPES = dict(SMALL,                                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
-    epochs=16, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
+    epochs=20, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
     hidden=512, dim=128,
     color_strength=2.0,                              # one tint an image, which is what the jitter erases
     solarize2=0.0,

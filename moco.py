@@ -69,7 +69,7 @@ SMALL = dict(IMAGENET,               # the authors' CIFAR-10 demonstration, whos
 )
 SHAPES = dict(SMALL,                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
-    epochs=20, batch_size=64, lr=0.008, optimizer="adamw", weight_decay=1e-4, warmup_epochs=1,
+    epochs=30, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=1,
     queue_size=2048, temperature=0.2, bn_splits=4,
     color_strength=2.0,              # one tint an image, which is what the jitter erases
     min_scale=0.4,                   # smaller crops often miss the object

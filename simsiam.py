@@ -61,7 +61,7 @@ SMALL = dict(IMAGENET,               # appendix D, CIFAR-10
 )
 SHAPES = dict(SMALL,                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
-    epochs=20, batch_size=64, lr=12.0, optimizer="lars", weight_decay=1e-6, warmup_epochs=0.5,
+    epochs=26, batch_size=64, lr=12.0, optimizer="lars", weight_decay=1e-6, warmup_epochs=0.5,
     dim=512, hidden=128,
     color_strength=2.0,              # one tint an image, which is what the jitter erases
     min_scale=0.4,                   # smaller crops often miss the object

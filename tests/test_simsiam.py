@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+import common
 import simsiam
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, mistake, train
+from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train
 
 TINY = [*TINY, "--dim", "64", "--hidden", "16", "--lr", "2"]
 
@@ -75,6 +76,26 @@ def test_predictor_keeps_its_rate_and_the_rest_follows_the_cosine(tmp_path):
     groups = torch.load(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
     peak = 2 * 500 / 256
     assert groups[0]["lr"] == pytest.approx(peak * (1 + math.cos(math.pi * 29 / 30)) / 2) and groups[1]["lr"] == peak
+
+
+@pytest.mark.learning
+def test_what_collapses_without_stop_gradient_or_predictor(tmp_path):
+    """Sections 4.1 and 4.2, two epochs of the default recipe each: the spread of z falls and the neighbours are no better than an untrained network's."""
+    torch.set_num_threads(2)
+    encoder = simsiam.SimSiam("resnet10x0.25", "small", 2, 8, 4).encoder
+    bank, queries = (common.features(encoder, common.load_data("shapes", split=split), dict(size=32, mean=simsiam.MEAN, std=simsiam.STD,
+                                                                                            interpolation="bilinear")) for split in ("train", "val"))
+    untrained = common.knn_accuracy(*bank, *queries)
+    for switch in ([], ["--no-stop-gradient"], ["--no-predictor"]):
+        folder = tmp_path / "".join(["run", *switch])
+        train(simsiam, "--epochs", 2 if switch else 1, *switch, "--knn-every", 0, "--output", folder)
+        spread = logged(folder, "z_std")
+        if switch:
+            assert spread[-1] < 0.5 and spread[-1] < spread[len(spread) // 2] < spread[0], (switch, spread)
+            assert common.read_checkpoint(folder / "checkpoint.pt")["knn"] <= untrained + 1, switch
+        else:
+            assert min(spread) > 0.9, spread
+    torch.set_num_threads(1)
 
 
 def test_misuse(tmp_path, capsys):
