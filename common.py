@@ -548,15 +548,20 @@ def _hue(x, shift):
     x.clamp_(0, 1).mul_(c[:, None]).add_(least[:, None])
 
 
-def color_jitter(x, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, chunk=64):
+def _shift(x, amount):
+    x.add_(amount).clamp_(0, 1)
+
+
+def color_jitter(x, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, chunk=64, additive=False):
     """torchvision's ColorJitter: factors uniform in max(0, 1 - b)..1 + b, hue shift in -hue..hue of the circle, clipped to 0..1 after each.
 
     A pair (low, high) instead of a number is the range itself. The order of the four is drawn anew for every `chunk` images, not for each.
+    With `additive` the brightness is a shift in -b..b, as Inception's pipeline has it.
     """
-    ranges = [v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for v in (brightness, contrast, saturation)]
-    ranges.append(hue if isinstance(hue, tuple) else (-hue, hue))
-    identities = (1, 1), (1, 1), (1, 1), (0, 0)
-    steps = [(adjust, r) for adjust, r, identity in zip((_brightness, _contrast, _saturation, _hue), ranges, identities) if r != identity]
+    centred = lambda v, middle: v if isinstance(v, tuple) else (max(0, middle - v) if middle else -v, middle + v)
+    steps = [(_shift if additive else _brightness, centred(brightness, 1 - additive)), (_contrast, centred(contrast, 1)),
+             (_saturation, centred(saturation, 1)), (_hue, centred(hue, 0))]
+    steps = [(adjust, r) for adjust, r in steps if r != ((0, 0) if adjust in (_shift, _hue) else (1, 1))]
 
     def jitter(x):
         factors = [_draw(x, *r) for _, r in steps]
@@ -625,6 +630,104 @@ def sobel(x, p=1.0):
 def noise(x, p=1.0, std=0.1):
     """Add Gaussian noise and clip to 0..1."""
     return torch.where(_choose(x, p), (x + std * torch.randn(x.shape).to(x.device)).clamp(0, 1), x)
+
+
+def warp(x, matrix, displacement=0.0):
+    """Move the pixels: where an output pixel at (u, v), -1..1 from edge to edge, comes from, matrix (N, 2, 3) @ (u, v, 1) + displacement (N, H, W, 2).
+    Bilinear; grey from outside."""
+    if not len(x):
+        return x
+    grid = F.affine_grid(matrix.to(x), x.shape, align_corners=False) + displacement
+    return (F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5).clamp_(0, 1)
+
+
+def _affine(x, a, b, c, d, tx=0.0, ty=0.0):
+    """`warp` by the matrices [[a, b, tx], [c, d, ty]], each entry a number or (N,)."""
+    entries = [torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)) for v in (a, b, tx, c, d, ty)]
+    return warp(x, torch.stack(entries, 1).view(-1, 2, 3))
+
+
+def elastic(x, p=0.2, strength=0.05, shear=0.3):
+    """A smooth random deformation, by `strength` of the side (the standard deviation at 4 x 4 control points), and a shear of up to `shear` either way."""
+
+    def deform(x):
+        control = (2 * strength * torch.randn(len(x), 2, 4, 4)).to(x.device, non_blocking=True)
+        displacement = F.interpolate(control, x.shape[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        amount = _draw(x, -shear, shear).flatten()
+        zero, one = torch.zeros_like(amount), torch.ones_like(amount)
+        return warp(x, torch.stack([one, amount, zero, zero, one, zero], 1).view(-1, 2, 3), displacement)
+
+    return _on_some(x, p, deform)
+
+
+def color_curves(x, p=0.2, strength=0.1, knots=5):
+    """Bend the colour histogram: each channel of each image through its own random curve, the identity plus noise of standard deviation `strength` at
+    equally spaced knots, linear between them, clipped to 0..1."""
+
+    def bend(x):
+        offsets = (strength * torch.randn(knots, len(x), 3, 1, 1)).to(x.device, non_blocking=True)
+        place = x * (knots - 1)
+        return sum(((place - k).abs_().neg_().add_(1).clamp_(min=0) * offset for k, offset in enumerate(offsets)), x).clamp_(0, 1)
+
+    return _on_some(x, p, bend)
+
+
+def _changed(adjust, x, *args):
+    """What an in-place operation makes of a copy."""
+    x = x.clone()
+    adjust(x, *args)
+    return x
+
+
+def _autocontrast(x, _):
+    """Stretch each channel to 0..1; one that is flat stays."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    flat = (high <= low).float()
+    return (x - low * (1 - flat)) / (high - low + flat)
+
+
+def _equalize(x, _):
+    from torchvision.transforms.v2.functional import equalize
+    return equalize(x) if len(x) else x
+
+
+def _sharpness(x, factor):
+    """Blend with a 3x3 smoothing, as Pillow does; the border stays."""
+    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device).div(13).expand(3, 1, 3, 3)
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel, groups=3)
+    return torch.lerp(smooth, x, factor).clamp_(0, 1)
+
+
+# AutoAugment's operations (Cubuk et al. 2018, table 6) with the range of their strength: f(x, strength (N, 1, 1, 1)).
+PRIMITIVES = {
+    "shear x": (lambda x, m: _affine(x, 1, m.flatten(), 0, 1), -0.3, 0.3),
+    "shear y": (lambda x, m: _affine(x, 1, 0, m.flatten(), 1), -0.3, 0.3),
+    "translate x": (lambda x, m: _affine(x, 1, 0, 0, 1, 2 * m.flatten()), -150 / 331, 150 / 331),      # shares of the side; 150 pixels of 331
+    "translate y": (lambda x, m: _affine(x, 1, 0, 0, 1, 0, 2 * m.flatten()), -150 / 331, 150 / 331),
+    "rotate": (lambda x, m: _affine(x, m.flatten().cos(), -m.flatten().sin(), m.flatten().sin(), m.flatten().cos()), -math.pi / 6, math.pi / 6),
+    "auto-contrast": (_autocontrast, 0, 0),
+    "invert": (lambda x, _: 1 - x, 0, 0),
+    "equalize": (_equalize, 0, 0),
+    "solarize": (lambda x, m: torch.lerp(x, 1 - x, (x >= m).to(x)), 0, 1),
+    "posterize": (lambda x, m: (x * 255 / 2 ** m.floor()).floor() * 2 ** m.floor() / 255, 0, 5),       # bits dropped: 0 to 4
+    "contrast": (functools.partial(_changed, _contrast), 0.1, 1.9),
+    "color": (functools.partial(_changed, _saturation), 0.1, 1.9),
+    "brightness": (functools.partial(_changed, _brightness), 0.1, 1.9),
+    "sharpness": (_sharpness, 0.1, 1.9),
+}
+
+
+def autoaugment_primitives(x, count=2):
+    """`count` operations of AutoAugment one after the other, each drawn for each image from all of `PRIMITIVES`, with a strength uniform in its range."""
+    for _ in range(count):
+        kinds, u = torch.randint(len(PRIMITIVES), (len(x),)), torch.rand(len(x), 1, 1, 1)
+        order, sizes = kinds.argsort(stable=True), kinds.bincount(minlength=len(PRIMITIVES)).tolist()
+        back = order.argsort().to(x.device, non_blocking=True)
+        parts = x[order.to(x.device, non_blocking=True)].split(sizes)                      # the images of each operation side by side
+        strengths = u[order].to(x.device, non_blocking=True).split(sizes)
+        x = torch.cat([f(part, low + (high - low) * m) for (f, low, high), part, m in zip(PRIMITIVES.values(), parts, strengths)])[back]
+    return x
 
 
 def normalize(x, mean, std):
