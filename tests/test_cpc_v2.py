@@ -1,5 +1,5 @@
 """cpc_v2.py: the loss against its equation, who sees what in each direction, the average of the weights, one process against two, whole runs."""
-import math, resource
+import argparse, json, math, resource
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 import common
 import cpc_v2
+import evaluate
 from conftest import BOOKS, assert_equal_runs, mistake, result_of, run, run_killed
 
 TINY = ["--arch", "resnet10x0.125", "--resize", "18", "--size", "16", "--patch-size", "8", "--stride", "4", "--offsets", "1", "2", "--hidden", "8",
@@ -283,8 +284,41 @@ def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra)
     run_killed(tmp_path / "killed", "cpc_v2.py", *TINY, *extra, *BOOKS, processes=processes, times=1)
     assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
     if processes == 1:
-        probe = run("evaluate.py", "knn", tmp_path / "whole" / "checkpoint.pt")
-        assert probe.returncode == 0 and '"task": "knn"' in probe.stdout, probe.stderr
+        probe = run("evaluate.py", "linear", tmp_path / "whole" / "checkpoint.pt", "--protocol", "cpc", "--epochs", 2, "--lr", "0.01", "--no-augment")
+        assert probe.returncode == 0, probe.stderr
+        assert json.loads(probe.stdout.splitlines()[-1])["top1"] > 12
+
+
+def test_classifiers_are_the_papers():
+    with torch.device("meta"):
+        net = evaluate.MapsClassifier(4096, 1000)
+        assert [type(m) for m in net.children()] == [nn.Sequential, nn.BatchNorm2d, nn.Dropout, nn.Linear]
+        assert net(torch.zeros(2, 4096, 14, 14)).shape == (2, 1000) and net.blocks(torch.zeros(1, 4096, 14, 14)).shape == (1, 4096, 7, 7)
+    assert sum(isinstance(m, nn.Conv2d) for b in net.blocks for name, m in b.named_children() if name != "downsample") == 33
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(217.1, abs=0.1)
+    torch.manual_seed(0)
+    head, z = evaluate.patch_classifier(16, 3), 5 * torch.randn(8, 16, 4, 5) + 2
+    logits, n = head(z), head[0]
+    assert not n.weight.requires_grad and n.weight.eq(1).all() and n.bias.requires_grad
+    white = (z - z.mean((0, 2, 3), keepdim=True)) / (z.var((0, 2, 3), unbiased=False, keepdim=True) + n.eps).sqrt()
+    expected = sum(head[1].weight[:, :, 0, 0] @ white[:, :, i, j].T + head[1].bias[:, None] for i in range(4) for j in range(5)).T / 20
+    assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_probe_on_patches(tmp_path):
+    """What evaluation encodes are the patches of the training."""
+    torch.manual_seed(0)
+    encoder = common.resnet("resnet10x0.125", norm="layer", stem="small", stages=3, version=2)
+    saved = dict(method="cpc_v2", args=dict(patch_size=8, stride=4, patch_augment="none"))
+    grid = evaluate.PatchGrid(encoder, argparse.Namespace(baseline=None), saved)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        z = grid(common.normalize(x, cpc_v2.MEAN, cpc_v2.STD))
+        assert z.shape == (2, 32, 3, 3) and torch.allclose(z, grid(grid.disturbed(x)), atol=1e-5)
+        assert torch.allclose(z[:, :, 1, 2], encoder(common.normalize(x, cpc_v2.MEAN, cpc_v2.STD)[:, :, 4:12, 8:16]), atol=1e-5)
+    for baseline, method in (("pixels", "cpc_v2"), (None, "simclr")):
+        with pytest.raises(common.UserError, match="--protocol cpc: needs"):
+            evaluate.PatchGrid(encoder, argparse.Namespace(baseline=baseline), dict(saved, method=method))
 
 
 def test_misuse(tmp_path, capsys):
