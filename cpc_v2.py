@@ -2,7 +2,7 @@
 
 Idea. Cut an image into overlapping patches and encode each alone. A context network that sees only the rows at or above a place predicts what
 the patches some rows further down look like to the encoder: it must pick the true one among the patches of all images of the batch. The same
-goes upwards, leftwards and rightwards. Patches are disturbed one by one, so that what their pixels share is no help; what is left is what the image shows.
+goes upwards, leftwards and rightwards. Patches are disturbed one by one: what their pixels share is no help, and what the image shows is left.
 
 Objective (section 2.1 and appendix A), a mean over images and places (i, j), a sum over the offsets k, a mean over the directions:
 
@@ -19,14 +19,14 @@ Start value ln(N R C) for each offset: 6.36 for the 16 images x 36 patches of on
 
 Published: ImageNet, ResNet-161, 200 epochs: linear probe 71.5 % (table 1), ResNet-50 63.8 %; with 1 % of the labels 77.1 % top-5 on the fixed
 representation, 78.3 % fine-tuned (table 3).
-Ours: see the README for measured runs. ImageNet: not run yet.
+Ours: see the README for measured runs. CIFAR-10 and ImageNet: not run yet.
 
 Left open by the paper, chosen here:
     - The printed code uses one offset, k = 3 (`range(2, 3)`); `--offsets 3 4 5` is the other reading. Mean over contexts, sum over offsets, mean
       over directions. Each direction has its own predictors and its own W, which serves all its offsets.
     - ResNet-161 is counted as stages of 3, 4 and 46 pre-activation blocks with 64-256, 128-512 and 512-4096 channels: 303.6 M parameters. The
-      paper says 305 M; with the target and predictor layers of four directions it is 305.7 M, with one target and four predictors 304.95 M.
-    - Layer norm is over the channels and places of one patch, with a scale and an offset for each channel, wherever a pre-activation ResNet has a norm.
+      paper says 305 M; with one target layer and four predictors it is 304.95 M, which would leave out four context networks of 12.15 M.
+    - Layer norm is over the channels and places of one patch, with scale and offset for each channel, wherever a pre-activation ResNet has a norm.
     - The last ReLU of the context network comes once, after its five blocks. No rate schedule, no weight decay.
     - Images are mirrored at random as a whole. Of AutoAugment's operations the strength is uniform over its table's range, the filling is
       grey, the interpolation linear. Elastic deformation and shear share a coin; the colour-histogram operation is a random curve for each channel.
@@ -89,7 +89,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 # ------------------------------------------------------------------------------------------------ augmentation (section 2.1, appendix A)
 
 class RandomCrop(NamedTuple):
-    """The image resized to `resize` x `resize`, whatever its shape, and of that a random square of `size`: in one go, as a crop of the image itself."""
+    """The image resized to `resize` x `resize`, whatever its shape, and of that a random square of `size`: in one go, as a crop of the image."""
     size: int
     resize: int
     interpolation: str = "bilinear"
@@ -186,7 +186,7 @@ class ContextBlock(nn.Module):
 
 
 def recompute_blocks(encoder):
-    """Keep only what goes in and out of the residual blocks, and compute the rest again when the gradient needs it: slower by a third, far less memory."""
+    """Keep only what goes in and out of the residual blocks, and compute the rest again for the gradient: one more forward pass, far less memory."""
     for block in encoder.modules():
         if isinstance(block, (common.PreBasicBlock, common.PreBottleneck)):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -209,13 +209,13 @@ def cpc_loss(predictions, targets, offset, across=False):
         everyones = gather(t) if across else t
         logits = p @ everyones.T                                                           # (N (R - k) C, N R C), or N R C W columns
         first = dist.get_rank() * len(t) if len(everyones) > len(t) else 0
-        return F.cross_entropy(logits, first + positives(n, rows, columns, offset).to(p.device))
+        return F.cross_entropy(logits, first + positives(n, rows, columns, offset, p.device))
 
 
-def positives(n, rows, columns, offset):
+def positives(n, rows, columns, offset, device=None):
     """(N (R - offset) C,) the index, among N R C targets, of each prediction's own: same image, same column, `offset` rows below."""
     places = (rows - offset) * columns                                                     # predictions an image
-    index = torch.arange(n * places)
+    index = torch.arange(n * places, device=device)
     return index // places * rows * columns + offset * columns + index % places
 
 
@@ -275,7 +275,7 @@ def train(args, device):
             group["lr"] = lr
 
         patches = extract_patches(common.flip(x), args.patch_size, args.stride)               # (N, R, C, 3, s, s)
-        patches = augment(patches.flatten(0, 2), args.patch_augment).view(patches.shape)      # each on its own
+        patches = augment(patches.flatten(0, 2), args.patch_augment).unflatten(0, patches.shape[:3])      # each on its own
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             found = network(patches)
         loss = sum(cpc_loss(predictions, targets, k, args.gather) for predictions, targets, k in found) / args.directions

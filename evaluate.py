@@ -201,7 +201,7 @@ class PatchGrid(nn.Module):
     def disturbed(self, x):
         """Images in 0..1 -> patches, each with the augmentation of the pre-training."""
         patches = cpc_v2.extract_patches(x, self.settings["patch_size"], self.settings["stride"])
-        return cpc_v2.augment(patches.flatten(0, 2), self.settings["patch_augment"]).view(patches.shape)
+        return cpc_v2.augment(patches.flatten(0, 2), self.settings["patch_augment"]).unflatten(0, patches.shape[:3])
 
 
 def patch_classifier(dim, classes):
