@@ -554,15 +554,20 @@ def _hue(x, shift):
     torch.addcmul(least[:, None], x.clamp_(0, 1), chroma[:, None], out=x)
 
 
-def color_jitter(x, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, chunk=64):
+def _shift(x, amount):
+    x.add_(amount).clamp_(0, 1)
+
+
+def color_jitter(x, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, chunk=64, additive=False):
     """torchvision's ColorJitter: factors uniform in max(0, 1 - b)..1 + b, hue shift in -hue..hue of the circle, clipped to 0..1 after each.
 
     A pair (low, high) instead of a number is the range itself. The order of the four is drawn anew for every `chunk` images, not for each.
+    With `additive` the brightness is a shift in -b..b, as Inception's pipeline has it.
     """
-    ranges = [v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for v in (brightness, contrast, saturation)]
-    ranges.append(hue if isinstance(hue, tuple) else (-hue, hue))
-    identities = (1, 1), (1, 1), (1, 1), (0, 0)
-    steps = [(adjust, r) for adjust, r, identity in zip((_brightness, _contrast, _saturation, _hue), ranges, identities) if r != identity]
+    centred = lambda v, middle: v if isinstance(v, tuple) else (max(0, middle - v) if middle else -v, middle + v)
+    steps = [(_shift if additive else _brightness, centred(brightness, 1 - additive)), (_contrast, centred(contrast, 1)),
+             (_saturation, centred(saturation, 1)), (_hue, centred(hue, 0))]
+    steps = [(adjust, r) for adjust, r in steps if r != ((0, 0) if adjust in (_shift, _hue) else (1, 1))]
 
     def jitter(x):
         factors = [_draw(x, *r) for _, r in steps]
@@ -637,6 +642,104 @@ def noise(x, p=1.0, std=0.1):
     return _on_some(x, p, lambda x: x.add_(torch.randn(x.shape).to(x.device), alpha=std).clamp_(0, 1))
 
 
+def warp(x, matrix, displacement=0.0):
+    """Move the pixels: where an output pixel at (u, v), -1..1 from edge to edge, comes from, matrix (N, 2, 3) @ (u, v, 1) + displacement (N, H, W, 2).
+    Bilinear; grey from outside."""
+    if not len(x):
+        return x
+    grid = F.affine_grid(matrix.to(x), x.shape, align_corners=False) + displacement
+    return (F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5).clamp_(0, 1)
+
+
+def _affine(x, a, b, c, d, tx=0.0, ty=0.0):
+    """`warp` by the matrices [[a, b, tx], [c, d, ty]], each entry a number or (N,)."""
+    entries = [torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x)) for v in (a, b, tx, c, d, ty)]
+    return warp(x, torch.stack(entries, 1).view(-1, 2, 3))
+
+
+def elastic(x, p=0.2, strength=0.05, shear=0.3):
+    """A smooth random deformation, by `strength` of the side (the standard deviation at 4 x 4 control points), and a shear of up to `shear` either way."""
+
+    def deform(x):
+        control = (2 * strength * torch.randn(len(x), 2, 4, 4)).to(x.device, non_blocking=True)
+        displacement = F.interpolate(control, x.shape[2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        amount = _draw(x, -shear, shear).flatten()
+        zero, one = torch.zeros_like(amount), torch.ones_like(amount)
+        return warp(x, torch.stack([one, amount, zero, zero, one, zero], 1).view(-1, 2, 3), displacement)
+
+    return _on_some(x, p, deform)
+
+
+def color_curves(x, p=0.2, strength=0.1, knots=5):
+    """Bend the colour histogram: each channel of each image through its own random curve, the identity plus noise of standard deviation `strength` at
+    equally spaced knots, linear between them, clipped to 0..1."""
+
+    def bend(x):
+        offsets = (strength * torch.randn(knots, len(x), 3, 1, 1)).to(x.device, non_blocking=True)
+        place = x * (knots - 1)
+        return sum(((place - k).abs_().neg_().add_(1).clamp_(min=0) * offset for k, offset in enumerate(offsets)), x).clamp_(0, 1)
+
+    return _on_some(x, p, bend)
+
+
+def _changed(adjust, x, *args):
+    """What an in-place operation makes of a copy."""
+    x = x.clone()
+    adjust(x, *args)
+    return x
+
+
+def _autocontrast(x, _):
+    """Stretch each channel to 0..1; one that is flat stays."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    flat = (high <= low).float()
+    return (x - low * (1 - flat)) / (high - low + flat)
+
+
+def _equalize(x, _):
+    from torchvision.transforms.v2.functional import equalize
+    return equalize(x) if len(x) else x
+
+
+def _sharpness(x, factor):
+    """Blend with a 3x3 smoothing, as Pillow does; the border stays."""
+    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device).div(13).expand(3, 1, 3, 3)
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel, groups=3)
+    return torch.lerp(smooth, x, factor).clamp_(0, 1)
+
+
+# AutoAugment's operations (Cubuk et al. 2018, table 6) with the range of their strength: f(x, strength (N, 1, 1, 1)).
+PRIMITIVES = {
+    "shear x": (lambda x, m: _affine(x, 1, m.flatten(), 0, 1), -0.3, 0.3),
+    "shear y": (lambda x, m: _affine(x, 1, 0, m.flatten(), 1), -0.3, 0.3),
+    "translate x": (lambda x, m: _affine(x, 1, 0, 0, 1, 2 * m.flatten()), -150 / 331, 150 / 331),      # shares of the side; 150 pixels of 331
+    "translate y": (lambda x, m: _affine(x, 1, 0, 0, 1, 0, 2 * m.flatten()), -150 / 331, 150 / 331),
+    "rotate": (lambda x, m: _affine(x, m.flatten().cos(), -m.flatten().sin(), m.flatten().sin(), m.flatten().cos()), -math.pi / 6, math.pi / 6),
+    "auto-contrast": (_autocontrast, 0, 0),
+    "invert": (lambda x, _: 1 - x, 0, 0),
+    "equalize": (_equalize, 0, 0),
+    "solarize": (lambda x, m: torch.lerp(x, 1 - x, (x >= m).to(x)), 0, 1),
+    "posterize": (lambda x, m: (x * 255 / 2 ** m.floor()).floor() * 2 ** m.floor() / 255, 0, 5),       # bits dropped: 0 to 4
+    "contrast": (functools.partial(_changed, _contrast), 0.1, 1.9),
+    "color": (functools.partial(_changed, _saturation), 0.1, 1.9),
+    "brightness": (functools.partial(_changed, _brightness), 0.1, 1.9),
+    "sharpness": (_sharpness, 0.1, 1.9),
+}
+
+
+def autoaugment_primitives(x, count=2):
+    """`count` operations of AutoAugment one after the other, each drawn for each image from all of `PRIMITIVES`, with a strength uniform in its range."""
+    for _ in range(count):
+        kinds, u = torch.randint(len(PRIMITIVES), (len(x),)), torch.rand(len(x), 1, 1, 1)
+        order, sizes = kinds.argsort(stable=True), kinds.bincount(minlength=len(PRIMITIVES)).tolist()
+        back = order.argsort().to(x.device, non_blocking=True)
+        parts = x[order.to(x.device, non_blocking=True)].split(sizes)                      # the images of each operation side by side
+        strengths = u[order].to(x.device, non_blocking=True).split(sizes)
+        x = torch.cat([f(part, low + (high - low) * m) for (f, low, high), part, m in zip(PRIMITIVES.values(), parts, strengths)])[back]
+    return x
+
+
 def normalize(x, mean, std):
     """(x - mean) / std a channel; mean and std are triples. In place as well."""
     return x.sub_(torch.tensor(mean, device=x.device)[:, None, None]).div_(torch.tensor(std, device=x.device)[:, None, None])
@@ -644,7 +747,8 @@ def normalize(x, mean, std):
 
 # ---------------------------------------------------------------- 2. ResNets
 
-DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
+          161: (3, 4, 46), 200: (3, 24, 36, 3)}
 NORMS = {"batch": nn.BatchNorm2d, "layer": lambda channels: nn.GroupNorm(1, channels)}
 
 
@@ -689,34 +793,80 @@ def _shortcut(channels, out, stride, norm):
     return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), norm(out))
 
 
-class ResNet(nn.Module):
-    """He et al. 2015. Use `resnet` to build one. `.dim` is the width of the output; parameter names are torchvision's."""
+class PreBasicBlock(nn.Module):
+    """The block of version 2: norm and ReLU come before each convolution, and nothing after the sum."""
+    expansion = 1
 
-    def __init__(self, depth, multiplier, norm, stem):
+    def __init__(self, channels, width, stride, norm):
         super().__init__()
-        block, make_norm = Bottleneck if depth >= 50 else BasicBlock, NORMS[norm]
-        widths = [max(1, round(64 * multiplier * 2 ** i)) for i in range(4)]
+        self.bn1 = norm(channels)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn2 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.downsample = nn.Conv2d(channels, width, 1, stride, bias=False) if stride > 1 or channels != width else None
+
+    def forward(self, x):
+        y = F.relu(self.bn1(x))
+        x = self.downsample(y) if self.downsample else x
+        return x + self.conv2(F.relu(self.bn2(self.conv1(y))))
+
+
+class PreBottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, channels, width, stride, norm, out=None):
+        super().__init__()
+        out = out or 4 * width
+        self.bn1 = norm(channels)
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn2 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn3 = norm(width)
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.downsample = nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 or channels != out else None
+
+    def forward(self, x):
+        y = F.relu(self.bn1(x))
+        x = self.downsample(y) if self.downsample else x
+        y = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return x + self.conv3(F.relu(self.bn3(y)))
+
+
+class ResNet(nn.Module):
+    """He et al. 2015, and 2016 for version 2. Use `resnet` to build one. `.dim` is the width of the output; parameter names are torchvision's."""
+
+    def __init__(self, depth, multiplier, norm, stem, stages, version):
+        super().__init__()
+        blocks_of = {(False, 1): BasicBlock, (True, 1): Bottleneck, (False, 2): PreBasicBlock, (True, 2): PreBottleneck}
+        block, make_norm = blocks_of[depth >= 50, version], NORMS[norm]
+        widths = [max(1, round(64 * multiplier * 2 ** i)) for i in range(stages)]
         channels = widths[0]
         if stem == "small":
             self.conv1, self.maxpool = nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.Identity()
         else:
             self.conv1, self.maxpool = nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
-        self.bn1 = make_norm(channels)
+        self.bn1 = make_norm(channels) if version == 1 else None
         for i, (width, blocks) in enumerate(zip(widths, DEPTHS[depth])):
-            layer = []
+            layer, out = [], width * block.expansion
+            if depth == 161 and i == 2:                         # 512-4096 where ResNet-101 has 256-1024
+                width, out, block = 2 * width, 4 * out, functools.partial(block, out=4 * out)
             for j in range(blocks):
                 layer.append(block(channels, width, 2 if i > 0 and j == 0 else 1, make_norm))
-                channels = width * block.expansion
+                channels = out
             setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
-        self.dim = channels
+        self.dim, self.stages = channels, stages
+        self.last_bn = make_norm(channels) if version == 2 else None
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def maps(self, x):
         """(N, 3, H, W) -> (N, dim, h, w), the grid before pooling."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.conv1(x)
+        x = self.maxpool(F.relu(self.bn1(x)) if self.bn1 else x)
+        for i in range(self.stages):
+            x = getattr(self, f"layer{i + 1}")(x)
+        return F.relu(self.last_bn(x)) if self.last_bn else x
 
     def forward(self, x):
         """(N, 3, H, W) -> (N, dim)."""
@@ -731,19 +881,24 @@ def parse_arch(arch):
     return int(match[1]), float(match[2] or 1)
 
 
-def resnet(arch, norm="batch", stem="imagenet", zero_init=False):
-    """Build a ResNet: `arch` is resnet10, 18, 34, 50, 101, 152 or 200, with a width multiplier or fraction: resnet50x2, resnet18x0.25.
+def resnet(arch, norm="batch", stem="imagenet", zero_init=False, stages=None, version=None):
+    """Build a ResNet: `arch` is resnet10, 18, 34, 50, 101, 152 or 200, with a width multiplier or fraction: resnet50x2, resnet18x0.25; or CPC's
+    resnet161, whose third stage of 46 wide blocks is the last.
 
     `norm` "layer" normalises each image over (C, H, W) and shares no statistics; `stem` "small" is 3x3 without max-pooling, for 32-96
-    pixel images. `zero_init` starts every residual branch at zero (last norm's scale). The result has `.dim`, `.maps(x)` and `.config`,
-    the keyword arguments that build it again. Raises ValueError for anything else.
+    pixel images. `stages` leaves out those after it. `version` 2 puts norm and ReLU before the convolutions, as in resnet161. `zero_init` starts
+    every residual branch of version 1 at zero (last norm's scale). The result has `.dim`, `.maps(x)` and `.config`, the keyword arguments that
+    build it again. Raises ValueError for anything else.
     """
     depth, multiplier = parse_arch(arch)
-    for name, value, known in (("norm", norm, NORMS), ("stem", stem, ("imagenet", "small"))):
+    stages = stages or len(DEPTHS[depth])
+    version = version or (2 if depth == 161 else 1)
+    for name, value, known in (("norm", norm, NORMS), ("stem", stem, ("imagenet", "small")), ("stages", stages, range(1, len(DEPTHS[depth]) + 1)),
+                               ("version", version, (2,) if depth == 161 else (1, 2))):
         if value not in known:
-            raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
-    model = ResNet(depth, multiplier, norm, stem)
-    model.config = dict(arch=arch, norm=norm, stem=stem)
+            raise ValueError(f"{name} {value!r} is not one of {', '.join(map(str, known))}")
+    model = ResNet(depth, multiplier, norm, stem, stages, version)
+    model.config = dict(arch=arch, norm=norm, stem=stem, stages=stages, version=version)
     if zero_init:
         for block in model.modules():
             if isinstance(block, (BasicBlock, Bottleneck)):
@@ -1026,15 +1181,15 @@ class Run:
     The folder `--output` gets checkpoint.pt, log.jsonl, curves.png and views.png. A checkpoint that is already there is gone on from, if it was made
     with the same settings. Every `--save-every` steps, at the end and on SIGTERM, SIGUSR1 or Ctrl-C the checkpoint is replaced; a loss that is not
     finite ends the run before that. `mean` and `std` are how the method normalises its images, for those who use the encoder later; a loss that
-    stays at `collapsed_loss` after the first epoch is called a collapse.
+    stays at `collapsed_loss` after the first epoch is called a collapse. `encoder` is the one that is kept and measured, where that is not `model.encoder`.
     Raises UserError for a folder, file or loss that is no good, Stopped after a signal.
     """
 
     FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}     # settings that may change when a run goes on
 
-    def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), collapsed_loss=None):
+    def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), collapsed_loss=None, encoder=None):
         self.method, self.args, self.model, self.optimizer, self.batches = method, args, model, optimizer, batches
-        self.collapsed_loss = collapsed_loss
+        self.collapsed_loss, self.encoder = collapsed_loss, model.encoder if encoder is None else encoder
         self.input = dict(size=args.size, mean=list(mean), std=list(std), interpolation=batches.crops[0].interpolation)
         self.device = next(model.parameters()).device
         self.total = args.epochs * len(batches)
@@ -1082,7 +1237,7 @@ class Run:
                             f"--warmup-epochs or --precision fp32. The last good checkpoint is in {self.folder}")
         if rank() == 0:
             content = dict(method=self.method, args=vars(self.args), epoch=self.step // len(self.batches), step=self.step,
-                           encoder=self.model.encoder.state_dict(), encoder_config=self.model.encoder.config, input=self.input,
+                           encoder=self.encoder.state_dict(), encoder_config=self.encoder.config, input=self.input,
                            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                            losses=self.losses, lr=self.lr, z_std=self.z_std, knn=self.knn)
             write_atomically(self.checkpoint, lambda f: torch.save(content, f))
@@ -1207,9 +1362,9 @@ class Run:
 
     def _measure_knn(self):
         if world_size() > 1:                                    # BatchNorm's running statistics may be each process's own
-            for buffer in self.model.encoder.buffers():
+            for buffer in self.encoder.buffers():
                 dist.broadcast(buffer, 0)
-        bank, queries = (features(self.model.encoder, load_data(self.args.data, self.args.root, split, self.device), self.input, self.args.workers,
+        bank, queries = (features(self.encoder, load_data(self.args.data, self.args.root, split, self.device), self.input, self.args.workers,
                                   self.args.precision) for split in ("train", "val"))
         return knn_accuracy(*bank, *queries)
 

@@ -3,6 +3,7 @@
     python evaluate.py knn CHECKPOINT                       nearest neighbours on the features, no training
     python evaluate.py linear CHECKPOINT                    a linear classifier on the frozen features
     python evaluate.py linear CHECKPOINT --protocol moco    ... as another paper trains it
+    python evaluate.py linear CHECKPOINT --protocol cpc     ... on the patches of a checkpoint of cpc_v2.py
     python evaluate.py knn CHECKPOINT --baseline random     the same encoder untrained, ordinarily initialised; or pixels, no encoder at all
 
 The data is the one that the checkpoint was trained on, or --data and --root. Everything is asked of h, the representation before the projector.
@@ -11,7 +12,8 @@ Prints a table and, as the last line of stdout, one line of JSON. `linear` works
 Protocols of the linear probe: what the papers do differently is in PROTOCOLS, each row with its source. All train on random crops and flips and
 test on the central crop; `--no-augment` computes the features once instead, much faster and a little worse. The cosine falls in every step, also where
 the original does it once an epoch. Rates are per 256 images. In-memory data sets are too small for batches of 4096, so that without --batch-size
-theirs is 256 at most, and the rate goes with it.
+theirs is 256 at most, and the rate goes with it. CPC's encodes the patches of the pre-training, disturbed as there, and classifies by the mean of
+the patches' logits; Adam's rate is constant, and the number of epochs is ours, since the paper does not give one.
 """
 import copy, json, math
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import common
+import cpc_v2
 
 PROTOCOLS = {         # lr: per 256 images; drops: the shares of the run after which the rate falls to a tenth (None: cosine to 0)
     "simclr": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),          # SimCLR paper, B.6
@@ -29,6 +32,7 @@ PROTOCOLS = {         # lr: per 256 images; drops: the shares of the run after w
     "simsiam": dict(epochs=90, batch_size=4096, lr=0.1, nesterov=False, weight_decay=0, drops=None, larc=True, init=0.01),      # main_lincls.py
     "byol": dict(epochs=80, batch_size=1024, lr=0.2, nesterov=True, weight_decay=0, drops=None, larc=False, init=0),            # official code
     "swav": dict(epochs=100, batch_size=256, lr=0.3, nesterov=False, weight_decay=1e-6, drops=None, larc=False, init=0.01),     # eval_linear.py
+    "cpc": dict(epochs=90, batch_size=512, lr=2.5e-4, weight_decay=0, adam=True),                # appendix B: 5e-4 = 2.5e-4 * 512 / 256
 }
 
 
@@ -106,30 +110,43 @@ def linear(args, device):
         if getattr(args, k) is not None:
             protocol[k] = getattr(args, k)
     encoder, dim, checkpoint = load_encoder(args, device)
+    patchwise = args.protocol == "cpc"
+    if patchwise:
+        encoder = PatchGrid(encoder, args, checkpoint)
     before = copy.deepcopy(encoder.state_dict())
     name, train, val = load_splits(args, checkpoint, device)
     if args.batch_size is None:
         protocol["batch_size"] = min(protocol["batch_size"], len(train), 4096 if train.in_workers else 256)
     crop = common.Crop(1, checkpoint["input"]["size"], (0.08, 1.0), interpolation=checkpoint["input"]["interpolation"])
+    if patchwise:
+        crop = cpc_v2.RandomCrop(checkpoint["input"]["size"], checkpoint["args"]["resize"])
     batches = common.Batches(train, [crop], protocol["batch_size"], args.seed)
     total = protocol["epochs"] * len(batches)
 
     torch.manual_seed(args.seed)
-    head = nn.Linear(dim, int(train.labels.max()) + 1)
-    nn.init.normal_(head.weight, std=protocol["init"])
-    nn.init.zeros_(head.bias)
+    if patchwise:
+        head = patch_classifier(dim, int(train.labels.max()) + 1)
+    else:
+        head = nn.Linear(dim, int(train.labels.max()) + 1)
+        nn.init.normal_(head.weight, std=protocol["init"])
+        nn.init.zeros_(head.bias)
     network = head.to(device)
     if common.world_size() > 1:
         network = DistributedDataParallel(head)
-    optimizer = torch.optim.SGD(head.parameters(), lr=protocol["lr"], momentum=0.9, nesterov=protocol["nesterov"],
-                                weight_decay=0 if protocol["larc"] else protocol["weight_decay"])
+    if patchwise:
+        optimizer = torch.optim.Adam([w for w in head.parameters() if w.requires_grad], lr=protocol["lr"], weight_decay=protocol["weight_decay"])
+    else:
+        optimizer = torch.optim.SGD(head.parameters(), lr=protocol["lr"], momentum=0.9, nesterov=protocol["nesterov"],
+                                    weight_decay=0 if protocol["larc"] else protocol["weight_decay"])
 
     if args.augment:
         ready = common.stream(batches, range(total), args.workers, device)
     else:
         bank, labels = common.features(encoder, train, checkpoint["input"], args.workers, args.precision)
     for step in range(total):
-        if protocol["drops"] is None:
+        if patchwise:
+            fall = 1
+        elif protocol["drops"] is None:
             fall = (1 + math.cos(math.pi * step / total)) / 2
         else:
             fall = 0.1 ** sum(step >= share * total for share in protocol["drops"])
@@ -138,7 +155,10 @@ def linear(args, device):
             (x,), indices, broken = next(ready)
             common.note_broken(train, broken)
             common.seed_all(args.seed, step, common.rank(), 1)
-            x = common.normalize(common.flip(x), checkpoint["input"]["mean"], checkpoint["input"]["std"])
+            if patchwise:
+                x = encoder.disturbed(common.flip(x))
+            else:
+                x = common.normalize(common.flip(x), checkpoint["input"]["mean"], checkpoint["input"]["std"])
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 h = encoder(x).float()
             y = train.labels[indices].to(device)
@@ -148,7 +168,7 @@ def linear(args, device):
         loss = F.cross_entropy(network(h), y)
         optimizer.zero_grad()
         loss.backward()
-        if protocol["larc"]:
+        if protocol.get("larc"):
             common.larc_(head.parameters(), weight_decay=protocol["weight_decay"])
         optimizer.step()
         if (step + 1) % max(1, total // 10) == 0:
@@ -157,11 +177,56 @@ def linear(args, device):
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()), "the frozen encoder moved"
     h, truth = common.features(encoder, val, checkpoint["input"], args.workers, args.precision)
     with torch.no_grad():
-        logits = head(h)
+        logits = head.eval()(h)
     settings = dict(protocol, protocol=args.protocol, augment=args.augment, train=len(train), val=len(val))
     report(args, checkpoint, name, "linear", settings, dict(top1=accuracy(logits, truth, 1), top5=accuracy(logits, truth, 5)))
     if common.rank() == 0:
         draw_confusion(args, logits.argmax(1), truth)
+
+
+class PatchGrid(nn.Module):
+    """The encoder on the patches that a checkpoint of cpc_v2.py was trained with: images (N, 3, H, W) -> latents (N, D, R, C)."""
+
+    def __init__(self, encoder, args, checkpoint):
+        super().__init__()
+        if checkpoint["method"] != "cpc_v2" or args.baseline == "pixels":
+            raise common.UserError(f"--protocol cpc: needs the encoder of a checkpoint of cpc_v2.py, not {args.baseline or checkpoint['method']}")
+        self.encoder, self.settings = encoder, checkpoint["args"]
+
+    def forward(self, x):
+        """Normalised images, or patches (N, R, C, 3, s, s) of them."""
+        patches = x if x.ndim == 6 else cpc_v2.extract_patches(x, self.settings["patch_size"], self.settings["stride"])
+        return cpc_v2.encode(self.encoder, patches)
+
+    def disturbed(self, x):
+        """Images in 0..1 -> patches, each with the augmentation of the pre-training."""
+        patches = cpc_v2.extract_patches(x, self.settings["patch_size"], self.settings["stride"])
+        return cpc_v2.augment(patches.flatten(0, 2), self.settings["patch_augment"]).unflatten(0, patches.shape[:3])
+
+
+def patch_classifier(dim, classes):
+    """CPC v2, appendix B: (N, dim, R, C) -> logits (N, classes), the mean over the places of a linear classifier after BatchNorm without scale."""
+    norm = nn.BatchNorm2d(dim)
+    norm.weight.requires_grad_(False)                           # stays 1; the offset is learned
+    return nn.Sequential(norm, nn.Conv2d(dim, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class MapsClassifier(nn.Module):
+    """CPC v2, section 2.2: eleven pre-activation bottleneck blocks on the encoder's maps (N, dim, h, w), then BN, mean, dropout and a linear layer.
+
+    For ResNet-161's 4096 x 14 x 14: 4096-1024-4096 blocks, 33 convolutions, the "ResNet-33" of the paper. The fifth block halves the grid, which the
+    paper leaves open; its shortcut has a convolution.
+    """
+
+    def __init__(self, dim, classes, blocks=11, halve=5, dropout=0.0):
+        super().__init__()
+        self.blocks = nn.Sequential(*(common.PreBottleneck(dim, dim // 4, 2 if i == halve else 1, nn.BatchNorm2d, out=dim) for i in range(1, blocks + 1)))
+        self.bn = nn.BatchNorm2d(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(dim, classes)
+
+    def forward(self, maps):
+        return self.fc(self.dropout(F.relu(self.bn(self.blocks(maps))).mean((2, 3))))
 
 
 def draw_confusion(args, predicted, truth):

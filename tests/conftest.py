@@ -12,10 +12,15 @@ torch.set_num_threads(1)                                        # the networks h
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "learning: trains long enough to learn something; runs after all others")
+    config.addinivalue_line("markers", "slow: takes minutes and much memory; runs only when asked for by `-m slow`")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("learning") is not None)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and "slow" not in config.option.markexpr:
+        items[:] = [item for item in items if item not in slow]
+        config.hook.pytest_deselected(items=slow)
 
 
 def command(script, *args, processes=1, torchrun=()):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 import common
@@ -222,8 +222,113 @@ def test_cutout_sobel_noise():
     assert abs(noisy.std() - 0.1) < 0.01 and abs(noisy.mean() - 0.5) < 0.01 and not torch.equal(noisy[0], noisy[1])
 
 
+def primitive(name, x, strength):
+    """An operation of AutoAugment on a batch, with one strength for all or one for each."""
+    return common.PRIMITIVES[name][0](x.clone(), torch.as_tensor(strength, dtype=torch.float32).expand(len(x)).view(-1, 1, 1, 1))
+
+
+def pillow(x, change):
+    """`change` of each Pillow image, for comparison."""
+    images = [Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()) for image in x]
+    return torch.stack([torch.from_numpy(np.array(change(image))).permute(2, 0, 1) for image in images]).float() / 255
+
+
+@pytest.mark.parametrize("name,strength,reference", [
+    ("shear x", 0.3, lambda x: TF.affine(x, 0, [0, 0], 1, [math.degrees(math.atan(0.3)), 0], TF.InterpolationMode.BILINEAR, 0.5)),
+    ("shear y", -0.2, lambda x: TF.affine(x, 0, [0, 0], 1, [0, -math.degrees(math.atan(0.2))], TF.InterpolationMode.BILINEAR, 0.5)),
+    ("translate x", 0.25, lambda x: TF.affine(x, 0, [-8, 0], 1, [0, 0], TF.InterpolationMode.BILINEAR, 0.5)),
+    ("translate y", 0.125, lambda x: TF.affine(x, 0, [0, -4], 1, [0, 0], TF.InterpolationMode.BILINEAR, 0.5)),
+    ("rotate", math.pi / 9, lambda x: TF.affine(x, -20, [0, 0], 1, [0, 0], TF.InterpolationMode.BILINEAR, 0.5)),
+])
+def test_geometric_primitives_equal_torchvision(name, strength, reference):
+    x = pictures() * 0.8 + 0.1
+    found, expected = primitive(name, x, strength), reference(x)
+    different = ((found - expected).abs() > 2 * LEVEL).any(1).float()
+    assert different.mean() < 0.08 and different[:, 8:24, 8:24].max() == 0                     # the seam along the filling, which torchvision does not mix
+    corners = lambda y: (y[:, :, ::31, ::31] == 0.5).all(1)
+    assert torch.equal(corners(found), corners(expected))
+
+
+@pytest.mark.parametrize("name,strength,change", [
+    ("auto-contrast", 0, lambda image: ImageOps.autocontrast(image)),
+    ("invert", 0, lambda image: ImageOps.invert(image)),
+    ("equalize", 0, lambda image: ImageOps.equalize(image)),
+    ("solarize", 100 / 255, lambda image: ImageOps.solarize(image, 100)),
+    ("posterize", 3.5, lambda image: ImageOps.posterize(image, 5)),
+    ("contrast", 1.6, lambda image: ImageEnhance.Contrast(image).enhance(1.6)),
+    ("color", 0.3, lambda image: ImageEnhance.Color(image).enhance(0.3)),
+    ("brightness", 1.5, lambda image: ImageEnhance.Brightness(image).enhance(1.5)),
+    ("sharpness", 1.9, lambda image: ImageEnhance.Sharpness(image).enhance(1.9)),
+    ("sharpness", 0.1, lambda image: ImageEnhance.Sharpness(image).enhance(0.1)),
+])
+def test_primitives_equal_pillow(name, strength, change):
+    x = (pictures() * 255).round() / 255
+    x[1] = 0.2 + 0.4 * x[1]
+    x[2, 1] = 0.4                                               # a channel without contrast
+    x = (x * 255).round() / 255
+    assert (primitive(name, x, strength) - pillow(x, change)).abs().max() <= 3 * LEVEL
+
+
+def test_primitives_are_drawn_for_each_image():
+    x = pictures(1).expand(3000, 3, 32, 32)
+    torch.manual_seed(0)
+    y = common.autoaugment_primitives(x, count=1)
+    inverted = ((y - (1 - x)).abs() < 1e-6).flatten(1).all(1)
+    assert 0.05 < inverted.float().mean() < 0.1                 # 1 of 14, and solarisation near 0
+    black = (y.flatten(1).mean(1) - x[0].mean()).abs() < 1e-6   # unchanged in the mean: nearly none
+    assert black.float().mean() < 0.15 and len(y.flatten(1).unique(dim=0)) > 2000
+    order = torch.arange(3000.0)[:, None, None, None] / 3000    # every result goes back to its own image
+    flat = order.expand(3000, 3, 8, 8).contiguous()
+    torch.manual_seed(0)
+    moved = common.autoaugment_primitives(flat, count=1)
+    same = ((moved - flat).abs() < 2e-4).flatten(1).all(1)
+    assert same.float().mean() > 0.25                           # auto-contrast, colour, sharpness, equalise and contrast leave flat images alone
+    for name, (f, low, high) in common.PRIMITIVES.items():
+        strength = torch.empty(4, 1, 1, 1).uniform_(low, high)
+        out = f(x[:4].clone(), strength)
+        assert out.shape == x[:4].shape and out.min() >= 0 and out.max() <= 1, name
+
+
+def test_elastic_deformation_equals_torchvision():
+    x = pictures(4) * 0.8 + 0.1
+    torch.manual_seed(0)
+    displacement = 0.1 * torch.randn(1, 32, 32, 2)
+    same = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]]).expand(4, 2, 3)
+    found, expected = common.warp(x, same, displacement), TF.elastic(x, displacement, TF.InterpolationMode.BILINEAR, 0.5)
+    assert (found - expected)[:, :, 8:-8, 8:-8].abs().max() <= 2 * LEVEL
+    assert (common.elastic(x.clone(), p=1, strength=0, shear=0) - x).abs().max() < 1e-5
+    ramp = torch.linspace(0, 1, 64).repeat(200, 3, 64, 1)      # its value says where a pixel came from
+    moved = common.elastic(ramp.clone(), p=1, strength=0.05, shear=0)[:, 0] - ramp[:, 0]
+    middle = moved[:, 16:48, 16:48]
+    assert 0.02 < middle.std() < 0.06 and (middle[:, 1:] - middle[:, :-1]).abs().mean() < 0.1 * middle.abs().mean()      # smooth
+
+
+def test_color_curves_equal_numpy():
+    x = pictures(8)
+    torch.manual_seed(3)
+    y = common.color_curves(x.clone(), p=1, strength=0.1, knots=5)
+    torch.manual_seed(3)
+    torch.rand(8)                                               # the coins
+    offsets = 0.1 * torch.randn(5, 8, 3)
+    knots = np.linspace(0, 1, 5)
+    for i in range(8):
+        for c in range(3):
+            expected = np.interp(x[i, c].numpy(), knots, knots + offsets[:, i, c].numpy()).clip(0, 1)
+            assert np.abs(y[i, c].numpy() - expected).max() < 1e-5
+
+
+def test_additive_brightness_is_a_shift():
+    x = pictures(300)
+    torch.manual_seed(0)
+    shift = (common.color_jitter(x.clone(), 0.125, p=1, additive=True) - x).clamp(-1, 1)
+    inside = (x > 0.2) & (x < 0.8)
+    amounts = [s[i].median().item() for s, i in zip(shift, inside) if i.any()]
+    assert -0.126 < min(amounts) < -0.1 and 0.1 < max(amounts) < 0.126
+    assert all((s[i] - s[i].median()).abs().max() < 1e-5 for s, i in zip(shift, inside) if i.any())
+
+
 @pytest.mark.parametrize("operation", [common.flip, common.color_jitter, common.grayscale, common.gaussian_blur, common.solarize, common.cutout,
-                                       common.rotate, common.sobel, common.noise])
+                                       common.rotate, common.sobel, common.noise, common.elastic, common.color_curves])
 def test_operations_work_in_place_and_depend_on_the_seed_only(operation):
     x = pictures(100)
     if operation is common.color_jitter:
@@ -413,7 +518,7 @@ def test_refused_download_says_what_is_looked_for(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- networks
 
 @pytest.mark.parametrize("arch,millions", [("resnet18", 11.18), ("resnet34", 21.28), ("resnet50", 23.51), ("resnet101", 42.50), ("resnet152", 58.14),
-                                           ("resnet200", 62.62), ("resnet50x2", 93.91), ("resnet50x4", 375.38)])
+                                           ("resnet200", 62.62), ("resnet50x2", 93.91), ("resnet50x4", 375.38), ("resnet161", 303.64)])
 def test_parameter_counts(arch, millions):
     with torch.device("meta"):
         model = common.resnet(arch)
@@ -452,8 +557,39 @@ def test_resnet_options():
     for bad in ("resnet51", "vgg16", "resnet50x", "resnet50x0", "resnet18 "):
         with pytest.raises(ValueError, match="resnet10, resnet18"):
             common.resnet(bad)
-    with pytest.raises(ValueError, match="not one of"):
-        common.resnet("resnet18", norm="group")
+    for bad in (dict(norm="group"), dict(stages=5), dict(version=3), dict(arch="resnet161", stages=4), dict(arch="resnet161", version=1)):
+        with pytest.raises(ValueError, match="not one of"):
+            common.resnet(**{"arch": "resnet18", **bad})
+
+
+def test_version_2_equals_a_slow_reference():
+    """He et al. 2016, figure 1b, written out: norm, ReLU, convolution; the first of a stage projects what the first norm gives."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    relu, conv = torch.relu, torch.nn.functional.conv2d
+    for arch, layers in (("resnet18x0.125", 2), ("resnet50x0.0625", 3)):
+        model = common.resnet(arch, norm="layer", stem="small", stages=2, version=2)
+        with torch.no_grad():
+            for w in model.parameters():
+                w.add_(0.1 * torch.randn_like(w))
+            y = conv(x, model.conv1.weight, padding=1)
+            for stage in (model.layer1, model.layer2):
+                for j, block in enumerate(stage):
+                    stride = 2 if stage is model.layer2 and j == 0 else 1
+                    h = relu(block.bn1(y))
+                    shortcut = y if block.downsample is None else conv(h, block.downsample.weight, stride=stride)
+                    assert (block.downsample is None) == (shortcut.shape == y.shape and shortcut is y)
+                    strided = 1 if layers == 2 else 2           # which convolution has the stride
+                    for i in range(1, layers + 1):
+                        h = relu(getattr(block, f"bn{i}")(y if i == 1 else h))
+                        weight = getattr(block, f"conv{i}").weight
+                        h = conv(h, weight, stride=stride if i == strided else 1, padding=weight.shape[-1] // 2)
+                    y = shortcut + h
+            expected = relu(model.last_bn(y))
+            assert model.maps(x).shape == (2, model.dim, 16, 16) and torch.allclose(model.maps(x), expected, atol=1e-5)
+        again = common.resnet(**model.config)
+        again.load_state_dict(model.state_dict(), strict=True)
+        assert not any("running" in k for k in model.state_dict()) and not hasattr(model, "layer3")
 
 
 # ---------------------------------------------------------------- optimisers
