@@ -12,7 +12,7 @@ import evaluate
 from conftest import BOOKS, check_resuming, check_two_processes, mistake, result_of, run
 
 TINY = ["--arch", "resnet10x0.125", "--resize", "13", "--size", "12", "--patch-size", "6", "--stride", "3", "--offsets", "1", "2", "--hidden", "8",
-        "--layers", "2", "--dim", "8", "--batch-size", "200", "--epochs", "1"]                 # 3 x 3 patches, 25 steps
+        "--layers", "2", "--dim", "8", "--batch-size", "200", "--epochs", "1", "--lr", "0.002"]  # 3 x 3 patches, 25 steps
 
 
 # ---------------------------------------------------------------- loss
