@@ -21,13 +21,14 @@ Notation. N images in the batch of one process.
 Start value about 4; 0 is perfect prediction and also what a collapsed network reaches. Watch `z_std`, about 1 in health and 0 after a collapse.
 
 Published: ImageNet, ResNet-50, batch 4096: linear probe 72.5 % after 300 epochs (table 16), 74.3 % after 1000 (table 1).
-Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
+Ours: embedded shapes, `python byol.py` with seeds 0, 1, 2, 2026-11-21: kNN 59.0, 64.8, 48.4 % (untrained 21.9, 23.6, 28.2 %,
+pixels 37.0 %). ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
     - The target starts as a copy of the online network; the official code draws it anew and saw no difference.
     - Brightness is a factor, as in torchvision; the official code adds an offset. The order of the colour operations is drawn for every 64 images.
     - The classifier that the official code trains beside it is left out: evaluate.py trains one afterwards.
-    - The recipes for small images are ours, and that for `shapes` is not tuned yet: see the README.
+    - The recipes for small images are ours.
 
 Usage:
     python byol.py                                                                a few minutes on two CPU cores

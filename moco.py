@@ -23,12 +23,12 @@ In a single process there is but one batch; --bn-splits makes BatchNorm see it i
 Start value ln(K + 1) = 11.09 for K = 65536, once the queue is full of keys.
 
 Published: ImageNet, ResNet-50, 200 epochs: linear probe 60.6 % (v1), 67.5 % (v2), 71.1 % after 800 (v2).
-Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
+Ours: embedded shapes, `python moco.py` with seeds 0, 1, 2, 2026-11-21: kNN 75.4, 72.3, 75.5 % (untrained 21.9, 23.6, 28.2 %,
+pixels 37.0 %). ImageNet and CIFAR-10: not run yet.
 
 Differs from the papers:
     - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.
-    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and AdamW
-      instead of SGD. It is not tuned yet: see the README.
+    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and AdamW instead of SGD.
 
 Usage:
     python moco.py                                                                a few minutes on two CPU cores

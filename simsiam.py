@@ -19,13 +19,13 @@ health and 0 after a collapse.
 
 Published: ImageNet, ResNet-50: linear probe 68.1 % after 100 epochs, 71.3 % after 800 (batch 256, table 4; 68.1 % with 512 as well, table 2).
 CIFAR-10, ResNet-18: 91.8 % (appendix D).
-Ours: see the README for measured runs. ImageNet and CIFAR-10: not run yet.
+Ours: embedded shapes, `python simsiam.py` with seeds 0, 1, 2, 2026-11-21: kNN 62.4, 61.3, 64.6 % (untrained 21.9, 23.6, 28.2 %,
+pixels 37.0 %). ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
     - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.
     - The projector's hidden layers are as wide as h, as in the official code; the paper says 2048, the same for ResNet-50.
-    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and LARS
-      instead of SGD. It is not tuned yet: see the README.
+    - The recipe for the embedded `shapes` is ours: a narrow network, small batches, few epochs, and LARS instead of SGD.
 
 Usage:
     python simsiam.py                                                             a few minutes on two CPU cores
