@@ -1027,6 +1027,10 @@ def launch(main, args, stoppable=True):
     except UserError as e:
         if local_rank() == 0:                                   # not rank 0 alone: the mistake may be one machine's
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+        else:                                                   # torchrun ends the others as soon as one is gone: let local rank 0 come to its line
+            for s in SIGNALS:
+                signal.signal(s, signal.SIG_DFL)
+            time.sleep(10)
         status = 2
     except KeyboardInterrupt:
         say("stopped at once")

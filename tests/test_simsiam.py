@@ -81,7 +81,6 @@ def test_predictor_keeps_its_rate_and_the_rest_follows_the_cosine(tmp_path):
 @pytest.mark.learning
 def test_what_collapses_without_stop_gradient_or_predictor(tmp_path):
     """Sections 4.1 and 4.2, two epochs of the default recipe each: the spread of z falls and the neighbours are no better than an untrained network's."""
-    torch.set_num_threads(2)
     encoder = simsiam.SimSiam("resnet10x0.25", "small", 2, 8, 4).encoder
     bank, queries = (common.features(encoder, common.load_data("shapes", split=split), dict(size=32, mean=simsiam.MEAN, std=simsiam.STD,
                                                                                             interpolation="bilinear")) for split in ("train", "val"))
@@ -95,7 +94,6 @@ def test_what_collapses_without_stop_gradient_or_predictor(tmp_path):
             assert common.read_checkpoint(folder / "checkpoint.pt")["knn"] <= untrained + 1, switch
         else:
             assert min(spread) > 0.9, spread
-    torch.set_num_threads(1)
 
 
 def test_misuse(tmp_path, capsys):
