@@ -84,7 +84,7 @@ def other_libraries(size, strength, blur):
 def augmentation(rounds):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    images = common.draw_shapes(1024, seed=3)[0]
+    images = common.draw_shapes(8192, seed=3)[0]
     data = common.Images(images, None, "cpu")
     pillow = [Image.fromarray(i.transpose(1, 2, 0)) for i in images[:256]]
     for name, (strength, blur) in POLICIES.items():
