@@ -82,8 +82,7 @@ RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET,
 
 @common.by_pieces
 def augment(x, strength, blur, solarize):
-    """Crops (N, 3, S, S) in 0..1 -> views of the same form, each with its own draws, normalised."""
-    x = common.flip(x, p=0.5)
+    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.2 * strength, 0.1 * strength, p=0.8)
     x = common.grayscale(x, p=0.2)
     if blur:
@@ -138,7 +137,7 @@ def regression_loss(p, z):
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
-    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), interpolation="bicubic")], args.batch_size, args.seed)
+    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5, interpolation="bicubic")], args.batch_size, args.seed)
 
     mine = args.batch_size // common.world_size()
     if mine % args.accumulate or mine < 2 * args.accumulate:

@@ -384,12 +384,14 @@ def _start_worker(_):
 
 class Crop(NamedTuple):
     """`count` random crops an image, resized to `size` x `size`: area a share of the image uniform in `scale`, aspect ratio log-uniform in
-    `ratio`, ten tries and then the largest central crop, as torchvision's RandomResizedCrop draws them."""
+    `ratio`, ten tries and then the largest central crop, as torchvision's RandomResizedCrop draws them; mirrored left and right with probability
+    `flip`, which costs nothing here."""
     count: int
     size: int
     scale: tuple = (0.08, 1.0)
     ratio: tuple = (3 / 4, 4 / 3)
     interpolation: str = "bilinear"
+    flip: float = 0.0
 
     def boxes(self, n, height, width):
         """n boxes (n, 4) as top, left, height, width: float32 that hold whole numbers."""
@@ -413,6 +415,7 @@ class CenterCrop(NamedTuple):
     fraction: float = 0.875
     interpolation: str = "bilinear"
     count: int = 1
+    flip: float = 0.0
 
     def boxes(self, n, height, width):
         side = round(min(height, width) * (1 if self.size <= 32 else self.fraction))
@@ -449,10 +452,13 @@ def crop_and_resize(images, crop):
     if isinstance(crop, CenterCrop) and (height, width) == (crop.size, crop.size) and crop.size <= 32:
         return images.float() / scale
     boxes = crop.boxes(n, height, width).to(images.device, non_blocking=True)
+    mirrored = (torch.rand(n, 1, 1) < crop.flip).float().to(images.device, non_blocking=True)
     views = torch.empty(n, channels, crop.size, crop.size, device=images.device)
-    for x, box, view in zip(*(pieces(a, images) for a in (images, boxes, views))):
+    for x, box, mirror, view in zip(*(pieces(a, images) for a in (images, boxes, mirrored, views))):
         rows = resize_weights(box[:, 0], box[:, 2], height, crop.size, crop.interpolation)
         columns = resize_weights(box[:, 1], box[:, 3], width, crop.size, crop.interpolation)
+        if crop.flip:
+            columns.lerp_(columns.flip(1), mirror)              # mirror is 0 or 1
         resample(x.float(), rows.div_(scale), columns, out=view)
         if crop.interpolation != "bilinear":
             view.clamp_(0, 1)
@@ -464,7 +470,8 @@ def crop_one(image, crop):
     views = []
     for top, left, height, width in crop.boxes(crop.count, *image.shape[1:]).int().tolist():
         box = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)      # twice as fast that way
-        views.append(F.interpolate(box, (crop.size, crop.size), mode=crop.interpolation, antialias=True))
+        view = F.interpolate(box, (crop.size, crop.size), mode=crop.interpolation, antialias=True)
+        views.append(view.flip(3) if crop.flip and torch.rand(()) < crop.flip else view)
     return views
 
 

@@ -94,6 +94,7 @@ class RandomCrop(NamedTuple):
     resize: int
     interpolation: str = "bilinear"
     count: int = 1
+    flip: float = 0.0
 
     def boxes(self, n, height, width):
         h, w = max(1, round(height * self.size / self.resize)), max(1, round(width * self.size / self.resize))
@@ -251,7 +252,7 @@ def train(args, device):
     if max(args.offsets) >= rows:
         raise common.UserError(f"--offsets {max(args.offsets)}: there are only {rows} rows of patches, so at most {rows - 1}")
     data = common.load_data(args.data, args.root, "pretrain", device)
-    batches = common.Batches(data, [RandomCrop(args.size, args.resize)], args.batch_size, args.seed)
+    batches = common.Batches(data, [RandomCrop(args.size, args.resize, flip=0.5)], args.batch_size, args.seed)
 
     torch.manual_seed(args.seed)
     model = CPC(args.arch, args.stem, args.norm, args.stages, args.directions, args.offsets, args.hidden, args.layers, args.dim, args.scale,
@@ -274,7 +275,7 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        patches = extract_patches(common.flip(x), args.patch_size, args.stride)               # (N, R, C, 3, s, s)
+        patches = extract_patches(x, args.patch_size, args.stride)               # (N, R, C, 3, s, s)
         patches = augment(patches.flatten(0, 2), args.patch_augment).unflatten(0, patches.shape[:3])      # each on its own
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             found = network(patches)

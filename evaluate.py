@@ -117,9 +117,9 @@ def linear(args, device):
     name, train, val = load_splits(args, checkpoint, device)
     if args.batch_size is None:
         protocol["batch_size"] = min(protocol["batch_size"], len(train), 4096 if train.in_workers else 256)
-    crop = common.Crop(1, checkpoint["input"]["size"], (0.08, 1.0), interpolation=checkpoint["input"]["interpolation"])
+    crop = common.Crop(1, checkpoint["input"]["size"], (0.08, 1.0), flip=0.5, interpolation=checkpoint["input"]["interpolation"])
     if patchwise:
-        crop = cpc_v2.RandomCrop(checkpoint["input"]["size"], checkpoint["args"]["resize"])
+        crop = cpc_v2.RandomCrop(checkpoint["input"]["size"], checkpoint["args"]["resize"], flip=0.5)
     batches = common.Batches(train, [crop], protocol["batch_size"], args.seed)
     total = protocol["epochs"] * len(batches)
 
@@ -156,9 +156,9 @@ def linear(args, device):
             common.note_broken(train, broken)
             common.seed_all(args.seed, step, common.rank(), 1)
             if patchwise:
-                x = encoder.disturbed(common.flip(x))
+                x = encoder.disturbed(x)
             else:
-                x = common.normalize(common.flip(x), checkpoint["input"]["mean"], checkpoint["input"]["std"])
+                x = common.normalize(x, checkpoint["input"]["mean"], checkpoint["input"]["std"])
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 h = encoder(x).float()
             y = train.labels[indices].to(device)

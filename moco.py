@@ -83,7 +83,7 @@ VERSION_1 = dict(version=1, temperature=0.07)       # v1, section 3.3
 
 @common.by_pieces
 def augment(x, version, strength, blur):
-    """Crops (N, 3, S, S) in 0..1 -> views of the same form, each with its own draws, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws, normalised."""
     if version == 1:
         x = common.grayscale(x, p=0.2)
         x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.4 * strength, p=1.0)
@@ -92,7 +92,6 @@ def augment(x, version, strength, blur):
         x = common.grayscale(x, p=0.2)
         if blur:
             x = common.gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
-    x = common.flip(x, p=0.5)
     return common.normalize(x, MEAN, STD)
 
 
@@ -205,7 +204,7 @@ def info_nce(q, k, queue, temperature):
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
-    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0))], args.batch_size, args.seed)
+    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5)], args.batch_size, args.seed)
     keys = args.batch_size * (2 if args.symmetric else 1)
     if args.queue_size % keys:
         raise common.UserError(f"--queue-size {args.queue_size}: not a multiple of the {keys} keys of a step")

@@ -76,8 +76,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.by_pieces
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1 -> views of the same form, each with its own draws. No mean or deviation is taken off, as in the official code."""
-    x = common.flip(x, p=0.5)
+    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws. No mean or deviation is taken off, as in the official code."""
     x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, p=0.8)
     x = common.grayscale(x, p=0.2)
     if blur:
@@ -153,7 +152,7 @@ class Gather(torch.autograd.Function):
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
-    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), interpolation="bicubic")], args.batch_size, args.seed)
+    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5, interpolation="bicubic")], args.batch_size, args.seed)
 
     torch.manual_seed(args.seed)
     model = SimCLR(args.arch, args.stem, args.head, args.dim).to(device, memory_format=torch.channels_last)

@@ -74,12 +74,11 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.by_pieces
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1 -> views of the same form, each with its own draws, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength, p=0.8)
     x = common.grayscale(x, p=0.2)
     if blur:
         x = common.gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
-    x = common.flip(x, p=0.5)
     return common.normalize(x, MEAN, STD)
 
 
@@ -123,7 +122,7 @@ def negative_cosine(p, z, stop_gradient=True):
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
-    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0))], args.batch_size, args.seed)
+    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5)], args.batch_size, args.seed)
 
     torch.manual_seed(args.seed)
     model = SimSiam(args.arch, args.stem, args.layers, args.dim, args.hidden, args.with_predictor).to(device, memory_format=torch.channels_last)

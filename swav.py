@@ -82,8 +82,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.by_pieces
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1 -> views of the same form, each with its own draws, normalised."""
-    x = common.flip(x, p=0.5)
+    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws, normalised."""
     x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, p=0.8)
     x = common.grayscale(x, p=0.2)
     if blur:
@@ -177,11 +176,11 @@ def swapped_prediction(scores, codes, temperature):
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
-    crops = [common.Crop(2, args.size, (args.min_scale, 1.0))]
+    crops = [common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5)]
     if args.small_crops:
         if args.small_scale >= args.min_scale:
             raise common.UserError(f"--small-scale {args.small_scale}: not below --min-scale {args.min_scale}, the largest share of a small crop")
-        crops.append(common.Crop(args.small_crops, args.small_size, (args.small_scale, args.min_scale)))
+        crops.append(common.Crop(args.small_crops, args.small_size, (args.small_scale, args.min_scale), flip=0.5))
     batches = common.Batches(data, crops, args.batch_size, args.seed)
     queue_size = args.queue_size // args.batch_size * args.batch_size        # whole batches, as in the official code
     if args.queue_size and not queue_size:

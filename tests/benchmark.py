@@ -89,7 +89,7 @@ def augmentation(rounds):
     pillow = [Image.fromarray(i.transpose(1, 2, 0)) for i in images[:256]]
     for name, (strength, blur) in POLICIES.items():
         def ours():
-            batches = (data.crop(i, [common.Crop(2, 32)], 0)[0] for i in torch.arange(len(images)).split(256))
+            batches = (data.crop(i, [common.Crop(2, 32, flip=0.5)], 0)[0] for i in torch.arange(len(images)).split(256))
             return sum(len(simclr.augment(v, strength, blur)) for views in batches for v in views)
 
         pipeline = pillow_pipeline(32, strength, blur)

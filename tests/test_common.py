@@ -134,6 +134,18 @@ def test_center_crop_is_the_central_share():
     assert torch.equal(common.crop_and_resize(small, common.CenterCrop(32)), small / 255)
 
 
+def test_flip_of_a_crop_mirrors_half_of_the_images():
+    """In the batch and in a worker: with one fixed box, each view is the plain one or its mirror image."""
+    image = (pictures(1) * 255).to(torch.uint8)
+    whole = functools.partial(common.Crop, 400, 24, (1.0, 1.0), (1.0, 1.0))
+    torch.manual_seed(0)
+    batch = common.crop_and_resize(image.repeat(400, 1, 1, 1), whole(flip=0.5))
+    worker = torch.cat(common.crop_one(image[0], whole(flip=0.5))).float()
+    for views, plain in ((batch, common.crop_and_resize(image, whole())[0]), (worker, common.crop_one(image[0], whole())[0][0].float())):
+        mirrored, same = ((views - one).abs().flatten(1).amax(1) < 1e-5 for one in (plain.flip(2), plain))
+        assert (mirrored ^ same).all() and 150 < mirrored.sum() < 250
+
+
 # ---------------------------------------------------------------- pixel operations
 
 @pytest.mark.parametrize("value", [0.2, 0.9, 1.0, 1.7])
@@ -369,7 +381,7 @@ def test_augmented_batches_have_the_distribution_of_the_pillow_pipeline():
                           T.RandomGrayscale(p=0.2), T.ToTensor()])
     torch.manual_seed(0)
     theirs = torch.stack([pipeline(Image.fromarray(i.transpose(1, 2, 0))) for i in images])
-    crops = common.crop_and_resize(torch.from_numpy(images), common.Crop(1, 32, (0.2, 1.0)))
+    crops = common.crop_and_resize(torch.from_numpy(images), common.Crop(1, 32, (0.2, 1.0), flip=0.5))
     ours = simclr.augment(crops, 1.0, 0.0)
 
     def statistics(x):
