@@ -1006,7 +1006,7 @@ def read_tensors(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as e:                                      # torch raises half a dozen kinds for a damaged or foreign file
-        wants = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(e)) if "Unsupported" in str(e) else None
+        wants = re.search(r"nsupported.*?(?:GLOBAL|class|function) ([\w.]+)", str(e))
         if wants:
             raise UserError(f"{path}: holds more than tensors ({wants[1]}), and reading that could run code, which is refused; if you trust its "
                             "source, save its state dict alone where nothing can be harmed, in a container, and give that file") from None

@@ -267,7 +267,7 @@ def draw_neighbours(args, checkpoint, train, val, spaces, labels, truth, columns
     for title, i in found:
         axes[0, place].set_title(f"nearest{title}", fontsize=8, loc="left")
         place += i.shape[1]
-    save(args, figure, "neighbours.png")
+    save(args, figure, "neighbours.png" if len(spaces) == 1 else "neighbours-and-pixels.png")
 
 
 def neighbours(args, device):
@@ -922,7 +922,7 @@ class Align(torchvision.ops.MultiScaleRoIAlign):
 
 def detector(encoder, recipe, kind, classes, input, device):
     """torchvision's Faster R-CNN on `encoder`, everything trained."""
-    encoder = encoder.to("cpu").requires_grad_(True)
+    encoder = encoder.to("cpu", memory_format=torch.contiguous_format).requires_grad_(True)        # channels-last crashes torch 2.15's backward on CPUs here
     splits = getattr(encoder, "layer4", None) is not None and getattr(encoder, "bn1", None) is not None
     if kind == "fpn" and not splits:
         raise common.UserError("--detector fpn: needs an encoder of four stages; use c4")

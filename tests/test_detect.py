@@ -1,5 +1,5 @@
 """evaluate.py detect: the official kit's figures, the VOC layout, training that goes on where it stopped, mistakes."""
-import contextlib, io, json, re, shutil
+import contextlib, io, json
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 
 import common
 import evaluate
-from conftest import TINY, command, environment, one_line, run
+from conftest import TINY, one_line, run
 
 
 # ------------------------------------------------------------------------------------------------ the kit's rules
@@ -91,3 +91,130 @@ def test_recall_of_exactly_three_tenths_counts():
     recall, precision = np.arange(1, 4) / 10, np.ones(3)
     assert evaluate.voc_average_precision(recall, precision, True) == pytest.approx(4 / 11)
     assert evaluate.voc_average_precision([0.5, 0.5, 1], [1, 0.5, 2 / 3], False) == pytest.approx(0.5 + 0.5 * 2 / 3)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = run("simclr.py", *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "checkpoint.pt"
+
+
+FAST = ["--steps", "4", "--batch-size", "2", "--rois", "8", "--save-every", "2"]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    drawn = evaluate.drawn_scenes
+    monkeypatch.setattr(evaluate, "drawn_scenes", lambda count, seed: drawn(12, seed))
+
+
+def ask(*args):
+    args = evaluate.parse_args(["detect", *map(str, args)])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        evaluate.detect(args, torch.device("cpu"))
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["c4", "fpn"])
+def test_detects_in_drawn_scenes(checkpoint, few, tmp_path, kind):
+    result = ask(checkpoint, *FAST, "--detector", kind, "--image-size", 48, "--color-drop", "0.5", "--output", tmp_path)
+    keys = [a + b for b in ("", "_all") for a in ("AP", "AP50", "AP75")]
+    assert all(0 <= result[k] <= 100 for k in keys) and {r["class"] for r in result["rows"]} <= set(common.SHAPES)
+    assert result["AP50"] == pytest.approx(np.mean([r["AP50"] for r in result["rows"]]), abs=0.02)
+    assert (tmp_path / "detections.png").stat().st_size > 10_000
+
+
+def test_detection_goes_on_where_it_stopped(checkpoint, few, tmp_path, monkeypatch):
+    whole = ask(checkpoint, *FAST, "--output", tmp_path / "whole")
+    asked = iter([False, False, True])
+    with monkeypatch.context() as m:
+        m.setattr(common, "asked_to_stop", lambda: next(asked))
+        with pytest.raises(common.Stopped, match="after step 3 of 4"):
+            ask(checkpoint, *FAST, "--output", tmp_path / "cut")
+    cut = ask(checkpoint, *FAST, "--output", tmp_path / "cut")
+    a, b = (torch.load(tmp_path / name / "detect.pt", weights_only=True) for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 4 and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and whole["rows"] == cut["rows"]
+    with pytest.raises(common.UserError, match="lr.*another --output"):
+        ask(checkpoint, *FAST, "--lr", "0.5", "--output", tmp_path / "cut")
+
+
+def test_an_encoder_without_a_fourth_stage_gets_new_blocks(checkpoint):
+    encoder = common.resnet("resnet10x0.0625", stem="small")
+    encoder.layer4, encoder.dim = None, 16                      # as CPC's ResNet-161 ends
+    encoder.maps = lambda x: encoder.layer3(encoder.layer2(encoder.layer1(torch.relu(encoder.bn1(encoder.conv1(x))))))
+    model = evaluate.detector(encoder, dict(evaluate.DETECT["shapes"], rois=8), "c4", 10, dict(mean=[0] * 3, std=[1] * 3), torch.device("cpu"))
+    loss = sum(model([torch.rand(3, 96, 96)], [dict(boxes=torch.tensor([[8.0, 8, 30, 30]]), labels=torch.tensor([1]))]).values())
+    loss.backward()
+    assert encoder.conv1.weight.grad.abs().sum() > 0 and len(model.roi_heads.box_head[0]) == 3
+
+
+def test_boxes_are_mirrored_with_their_image(few):
+    scenes = evaluate.drawn_scenes(12, 1)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        (image,), (target,) = evaluate.prepare(scenes, scenes[[3]], torch.device("cpu"), 0.0)
+        original, boxes = scenes.images[3].float() / 255, scenes.boxes[3]
+        mirrored = not torch.equal(image, original)
+        assert torch.equal(image.flip(2) if mirrored else image, original)
+        if mirrored:
+            boxes = torch.stack([96 - boxes[:, 2], boxes[:, 1], 96 - boxes[:, 0], boxes[:, 3]], 1)
+        assert torch.equal(target["boxes"], boxes)
+
+
+# ------------------------------------------------------------------------------------------------ the VOC layout
+
+@pytest.fixture
+def voc(tmp_path):
+    """A VOC2007 of four images."""
+    from torchvision.io import write_jpeg
+    top = tmp_path / "VOCdevkit" / "VOC2007"
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (top / folder).mkdir(parents=True)
+    for i in range(4):
+        write_jpeg(torch.randint(256, (3, 40, 60), dtype=torch.uint8), str(top / f"JPEGImages/{i}.jpg"))
+        objects = "".join(f"<object><name>{name}</name><difficult>{hard}</difficult><bndbox><xmin>{x}</xmin><ymin>1</ymin><xmax>{x + 19}</xmax>"
+                          f"<ymax>40</ymax></bndbox></object>" for name, hard, x in (("cat", 0, 1), ("dog", i % 2, 41)))
+        (top / f"Annotations/{i}.xml").write_text(f"<annotation><size><width>60</width><height>40</height></size>{objects}</annotation>")
+    (top / "ImageSets/Main/trainval.txt").write_text("0\n1\n")
+    (top / "ImageSets/Main/test.txt").write_text("2\n3\n")
+    return tmp_path
+
+
+def test_voc_layout(voc):
+    scenes = evaluate.voc_scenes(voc, "test")
+    assert scenes.classes == ["cat", "dog"] and scenes.boxes[0].tolist() == [[0, 0, 20, 40], [40, 0, 60, 40]]
+    assert [d.tolist() for d in scenes.difficult] == [[False, False], [False, True]] and scenes[[1]][0][0].shape == (3, 40, 60)
+    perfect = (np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]), np.array([.9, .8, .7, .6]), np.array([[0, 0, 20, 40]] * 2 + [[40, 0, 60, 40]] * 2, float))
+    assert all((v == 100).all() for v in evaluate.voc_table(perfect, scenes).values())
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda top: (top / "JPEGImages/0.jpg").unlink(), "images missing: 1, the first"),
+    (lambda top: [(top / f"Annotations/{i}.xml").unlink() for i in (0, 1)], "annotations missing: 2, the first"),
+    (lambda top: (top / "Annotations/1.xml").write_text("<annotation>"), "annotations unreadable: 1"),
+    (lambda top: (top / "Annotations/1.xml").write_text((top / "Annotations/1.xml").read_text().replace("<xmax>60", "<xmax>61")), "boxes outside their image: 1"),
+    (lambda top: (top / "Annotations/2.xml").write_text((top / "Annotations/2.xml").read_text().replace("dog", "cow")), "does not have: cow"),
+    (lambda top: (top / "ImageSets/Main/test.txt").unlink(), "no set test"),
+    (lambda top: (top / "ImageSets/Main/trainval.txt").write_text("\n"), "is empty"),
+])
+def test_voc_mistakes(voc, checkpoint, change, words):
+    change(voc / "VOCdevkit" / "VOC2007")
+    with pytest.raises(common.UserError) as e:
+        ask(checkpoint, "--data", voc, *FAST)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_missing_set_takes_one_line(checkpoint, tmp_path):
+    assert "no set trainval" in one_line(run("evaluate.py", "detect", checkpoint, "--data", tmp_path))
+
+
+def test_real_photographs(real_data, checkpoint, tmp_path):
+    scenes = evaluate.voc_scenes(real_data, "trainval")
+    assert len(scenes) == 120 and "person" in scenes.classes
+    result = ask(checkpoint, "--data", real_data, "--train-set", "val", "--test-set", "val", "--image-size", 64, "--steps", 2, "--batch-size", 2, "--rois", 8,
+                 "--workers", 0, "--output", tmp_path)
+    assert 0 <= result["AP50"] <= 100 and result["train"] == 24
