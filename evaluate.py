@@ -1197,7 +1197,8 @@ def parse_args(argv=None):
             add("--baseline", dest="supervised", choices=["supervised"], help="train the same network from random initialisation as well")
         elif task != "invariance":
             add("--baseline", choices=["random", "pixels"], help="ask an untrained encoder, or the pixels, instead")
-        add("--size", type=common.count, help="side of the images that the encoder is given; default: as in its training (224 or 32 for other projects)")
+        if task != "detect":
+            add("--size", type=common.count, help="side of the images that the encoder is given; default: as in its training (224 or 32 for other projects)")
         add("--workers", type=common.whole, default=2, help="processes that read image files (default 2)")
         add("--seed", type=common.seed, default=0, help="of everything that is drawn, and of the random baseline")
         add("--precision", choices=["bf16", "fp32"], default="fp32")
@@ -1234,7 +1235,9 @@ def parse_args(argv=None):
         if task == "neighbours":
             add("--map", choices=["tsne", "pca"], default="tsne")
     parsed = parser.parse_args(argv)
-    parsed.baseline = getattr(parsed, "baseline", None)
+    parsed.baseline, parsed.size = getattr(parsed, "baseline", None), getattr(parsed, "size", None)
+    if parsed.task in ("invariance", "neighbours") and common.world_size() > 1:
+        parser.error(f"{parsed.task} runs in one process")
     return parsed
 
 
