@@ -912,8 +912,9 @@ class Trunk(nn.Module):
     def __init__(self, encoder, fpn):
         super().__init__()
         self.encoder, self.pyramid = encoder, None
+        self.eval()                                             # the zeros below must not count as an image
         with torch.no_grad():
-            widths = [y.shape[1] for y in self.eval().stages(torch.zeros(1, 3, 64, 64))] if fpn else []
+            widths = [y.shape[1] for y in self.stages(torch.zeros(1, 3, 64, 64))] if fpn else []
             y = encoder.maps(torch.zeros(1, 3, 64, 64))
         self.out_channels, self.stride = y.shape[1], 64 // y.shape[3]
         if fpn:
@@ -968,7 +969,7 @@ def detector(encoder, recipe, kind, classes, input, device):
                        rpn_post_nms_top_n_train=proposals[1], rpn_pre_nms_top_n_test=proposals[2], rpn_post_nms_top_n_test=proposals[3], box_roi_pool=pool, box_head=head,
                        box_predictor=faster_rcnn.FastRCNNPredictor(dim, classes + 1), box_batch_size_per_image=recipe["rois"],
                        box_positive_fraction=0.25, box_score_thresh=0.05, box_nms_thresh=0.5, box_detections_per_img=100)
-    return model.to(device)
+    return model.to(device).train()
 
 
 # ------------------------------------------------------------------------------------------------ detection: training and test

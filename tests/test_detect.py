@@ -152,6 +152,19 @@ def test_an_encoder_without_a_fourth_stage_gets_new_blocks(checkpoint):
     assert encoder.conv1.weight.grad.abs().sum() > 0 and len(model.roi_heads.box_head[0]) == 3
 
 
+@pytest.mark.parametrize("kind", ["c4", "fpn"])
+def test_norms_are_trained_and_then_those_of_the_final_weights(checkpoint, few, kind):
+    encoder, _, saved = evaluate.load_encoder(evaluate.parse_args(["detect", str(checkpoint)]), torch.device("cpu"))
+    model = evaluate.detector(encoder, dict(evaluate.DETECT["shapes"], rois=8), kind, 10, saved["input"], torch.device("cpu"))
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in encoder.parameters())
+    scenes = evaluate.drawn_scenes(12, 1)
+    batches = common.Batches(scenes, [], 4, 0)
+    evaluate.precise_norms(model, scenes, batches, 3, evaluate.parse_args(["detect", str(checkpoint)]), torch.device("cpu"))
+    x = torch.cat([torch.stack(evaluate.prepare(scenes, scenes[batches.indices(i).tolist()], torch.device("cpu"))[0]) for i in range(3)])
+    y = encoder.conv1(common.normalize(x, saved["input"]["mean"], saved["input"]["std"]))
+    assert torch.allclose(encoder.bn1.running_mean, y.mean((0, 2, 3)), atol=5e-3) and encoder.bn1.num_batches_tracked == 3
+
+
 def test_boxes_are_mirrored_with_their_image(few):
     scenes = evaluate.drawn_scenes(12, 1)
     for seed in range(4):
