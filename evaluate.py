@@ -20,8 +20,8 @@ crop; `linear --no-augment` computes the features once instead, much faster and 
 does it once an epoch. Rates are per 256 images. In-memory data sets are too small for batches of 4096, so that without --batch-size theirs is 256 at
 most (in `finetune` an eighth of the images at most), and the rate goes with it.
 
-Memory: features are float32, or half precision from a gigabyte on. ImageNet's 1.28 million of 2048 numbers take 5.2 GB in each process, and `knn` and
-`linear --no-augment` about 0.5 GB beside it; measured in the README.
+Memory: features are float32, or half precision from a gigabyte on. ImageNet's 1.28 million of 2048 numbers take 5.2 GB in each process. `knn` needs 0.3 GB
+beside them (a process of 5.8 GiB in all, measured on a CPU with that many random features, 2026-11-21); `linear --no-augment` a batch of them.
 
 Differs from the papers in `detect`: torchvision's smooth L1 losses (the box head's with beta 1/9, where detectron2 has 0) and initialisation.
 """
@@ -994,6 +994,7 @@ def detect(args, device):
     for k in ("steps", "batch_size", "lr", "rois"):
         if getattr(args, k) is not None:
             recipe[k] = getattr(args, k)
+    recipe["warmup"] = min(recipe["warmup"], max(1, recipe["steps"] // 8))
     settings = dict(recipe, detector=args.detector, color_drop=args.color_drop, seed=args.seed, baseline=args.baseline, train=len(train), test=len(test))
     batches = common.Batches(train, [], recipe["batch_size"], args.seed)
     torch.manual_seed(args.seed)
