@@ -1131,7 +1131,7 @@ def find_all(model, test, args, device):
 
 
 def draw_detections(folder, test, found, columns=4):
-    """The first test images: what was found (score 0.5 or more, colour by class), and dashed in white what is there."""
+    """The first test images: what was found (score 0.3 or more, colour by class), and dashed in white what is there."""
     plt = common.pyplot()
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6), squeeze=False, layout="constrained")
     for i, ax in enumerate(axes.flat):
@@ -1142,7 +1142,7 @@ def draw_detections(folder, test, found, columns=4):
         frame = lambda box, color, style: ax.add_patch(plt.Rectangle(box[:2] - 0.5, *(box[2:] - box[:2]), fill=False, edgecolor=color, linestyle=style))
         for box in test.boxes[i].numpy():
             frame(box, "white", "--")
-        for _, k, score, box in zip(*(a[(found[0] == i) & (found[2] >= 0.5)] for a in found)):
+        for _, k, score, box in zip(*(a[(found[0] == i) & (found[2] >= 0.3)] for a in found)):
             color = plt.get_cmap("tab20")(int(k) % 20)
             frame(box, color, "-")
             ax.text(box[0], box[1], f"{test.classes[int(k)]} {score:.2f}", fontsize=7, color="white", verticalalignment="bottom",
