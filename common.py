@@ -1014,6 +1014,17 @@ def start():
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 
 
+def asked_to_stop():
+    """Whether a signal asked for the end, in any of the processes, for a loop of steps other than `Run`'s: from the first call on the signal waits for
+    the next one, at which all processes learn of it."""
+    global _stepping
+    _stepping = True
+    flag = torch.tensor(int(_stop_signal is not None))
+    if world_size() > 1:
+        dist.all_reduce(flag)
+    return bool(flag)
+
+
 class Stopped(BaseException):
     """A signal ended the run, and all is saved."""
 
@@ -1155,16 +1166,27 @@ CHECKPOINT_KEYS = ("method", "args", "epoch", "step", "encoder", "encoder_config
 
 def read_checkpoint(path):
     """A checkpoint of ours as a dict, on the CPU. Never runs code from the file. Raises UserError when it is not one, whole and readable."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as e:                                      # torch raises half a dozen kinds for a damaged or foreign file
-        raise UserError(f"{path}: not a readable checkpoint, or one that would have to run code, which is refused ({_first_line(e)})") from None
+    checkpoint = read_tensors(path)
     missing = [k for k in CHECKPOINT_KEYS if k not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
     if missing:
         raise UserError(f"{path}: not a checkpoint of these scripts, it lacks {', '.join(missing)}")
     return checkpoint
+
+
+def read_tensors(path):
+    """What `torch.save` wrote, on the CPU, if it is made of tensors and plain values (and the flags of argparse, which many projects save beside
+    them). Never runs code from the file. Raises UserError for any other file."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as e:                                      # torch raises half a dozen kinds for a damaged or foreign file
+        wants = re.search(r"nsupported.*?(?:GLOBAL|class|function) ([\w.]+)", str(e))
+        if wants:
+            raise UserError(f"{path}: holds more than tensors ({wants[1]}), and reading that could run code, which is refused; if you trust its "
+                            "source, save its state dict alone where nothing can be harmed, in a container, and give that file") from None
+        raise UserError(f"{path}: not a readable checkpoint ({_first_line(e)})") from None
 
 
 def write_atomically(path, write):
@@ -1444,32 +1466,54 @@ def save_picture(figure, path):
 
 @torch.no_grad()
 def features(encoder, data, input, workers=0, precision="fp32"):
-    """`encoder` on the test crop of every image of `data`, BatchNorm in eval mode: h (n, D) float32 and labels (n,) on its device, in order.
+    """`encoder` on the test crop of every image of `data`, BatchNorm in eval mode: h (n, D) and labels (n,) on its device, in order.
 
-    `input` is a checkpoint's: size, mean, std, interpolation. Several processes share the work and all get the result.
+    `input` is a checkpoint's: size, mean, std, interpolation, and `fraction` of the central crop if not 0.875. h is float32, or half precision where
+    float32 would take more than a gigabyte: ImageNet's 1.28 million times 2048 take 5.2 GB. Several processes share the work and all get the result.
     """
     device = next((p.device for p in encoder.parameters()), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     training = encoder.training
     encoder.eval()
-    pieces = InOrder(data, [CenterCrop(input["size"], interpolation=input["interpolation"])])
-    h, used = [], []
+    pieces = InOrder(data, [CenterCrop(input["size"], input.get("fraction", 0.875), input["interpolation"])])
+    h, used = None, []
     for (x,), indices, broken in stream(pieces, range(len(pieces)), workers, device):
         note_broken(data, broken)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            h.append(encoder(normalize(x, input["mean"], input["std"])).float())
+            y = encoder(normalize(x, input["mean"], input["std"])).float()
+        if h is None:
+            h = y.new_empty(sum(map(len, pieces.pieces)), *y.shape[1:], dtype=torch.float16 if len(data) * y[0].numel() > 2 ** 28 else torch.float32)
+        h[sum(map(len, used)):][:len(y)] = y
         used.append(indices)
     encoder.train(training)
     labels = data.labels[torch.cat(used)].to(device)
-    return _in_order(torch.cat(h), len(data)), _in_order(labels, len(data))
+    return _in_order(h, len(data)), _in_order(labels, len(data))
 
 
 def _in_order(mine, n):
     """What each process has of every `world_size()`-th of n things -> all n, in every process."""
     if world_size() == 1:
         return mine
-    parts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(parts, mine.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)[:n]
+    everyones = mine.new_empty(n, *mine.shape[1:])
+    for i, piece in enumerate(mine.split(4096)):
+        parts = [torch.empty_like(piece) for _ in range(world_size())]
+        dist.all_gather(parts, piece.contiguous())
+        place = everyones[4096 * i * world_size():][:len(piece) * world_size()]
+        place.copy_(torch.stack(parts, 1).flatten(0, 1)[:len(place)])
+    return everyones
+
+
+def nearest(bank, h, k):
+    """For each of h (N, D) the k rows of `bank` (M, D) most similar by cosine, best first: similarities (N, k) and indices (N, k). k is cut to M.
+
+    The bank is gone through in chunks: beside it, and whatever its precision, this needs some 300 MB at D = 2048.
+    """
+    h, best, where = F.normalize(h.float(), dim=1), None, None
+    for start, chunk in zip(range(0, len(bank), 16384), bank.split(16384)):
+        s, i = (h @ F.normalize(chunk.float(), dim=1).T).topk(min(k, len(chunk)))
+        s, i = (s, i + start) if best is None else (torch.cat([best, s], 1), torch.cat([where, i + start], 1))
+        best, order = s.topk(min(k, s.shape[1]))
+        where = i.gather(1, order)
+    return best, where
 
 
 def knn_accuracy(train_h, train_labels, h, labels, k=200, temperature=0.1):
@@ -1478,13 +1522,12 @@ def knn_accuracy(train_h, train_labels, h, labels, k=200, temperature=0.1):
     train_h (M, D) and h (N, D) of any scale, labels (M,), (N,) whole numbers >= 0. Each of the k training features most similar by cosine s votes for
     its class with exp(s / temperature). k is cut to M.
     """
-    train_h, h = F.normalize(train_h.float(), dim=1), F.normalize(h.float(), dim=1)
     train_labels, labels = train_labels.to(h.device), labels.to(h.device)
-    classes, k, right = int(train_labels.max()) + 1, min(k, len(train_h)), 0
+    classes, right = int(train_labels.max()) + 1, 0
     for queries, truth in zip(h.split(512), labels.split(512)):
-        similarity, nearest = (queries @ train_h.T).topk(k)                                # (n, k)
+        similarity, neighbours = nearest(train_h, queries, k)                              # (n, k)
         votes = torch.zeros(len(queries), classes, device=h.device)
         weights = ((similarity - similarity[:, :1]) / temperature).exp()                   # relative to the nearest: no overflow
-        votes.scatter_add_(1, train_labels[nearest], weights)
+        votes.scatter_add_(1, train_labels[neighbours], weights)
         right += (votes.argmax(1) == truth).sum().item()
     return 100 * right / len(h)

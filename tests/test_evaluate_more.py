@@ -1,0 +1,407 @@
+"""evaluate.py: other projects' files, label fractions, transfer, invariance, pictures, sweeps and memory."""
+import argparse, contextlib, io, json, os, pickle, resource
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import common
+import evaluate
+from conftest import TINY, one_line, run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = run("simclr.py", *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "checkpoint.pt"
+
+
+@pytest.fixture(autouse=True)
+def little_data(monkeypatch):
+    load = common.load_data
+    cut = {"train": 600, "pretrain": 600, "val": 200}
+
+    def little(name, root="data", split="train", device="cpu"):
+        data = load(name, root, split, device)
+        return common.Images(data.images[:cut[split]], data.labels[:cut[split]], device) if name == "shapes" else data
+
+    monkeypatch.setattr(common, "load_data", little)
+
+
+def ask(task, *args):
+    args = evaluate.parse_args([task, *map(str, args)])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        getattr(evaluate, task)(args, torch.device("cpu"))
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------ other projects' files
+
+def net(arch="resnet18x0.25", stem="imagenet", channels=3, width=None):
+    """A randomly initialised state dict under torchvision's names, and the encoder."""
+    torch.manual_seed(3)
+    encoder = common.resnet(arch, stem=stem)
+    for m in encoder.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+    return dict(encoder.state_dict()), encoder.eval()
+
+
+def prefixed(state, prefix):
+    return {prefix + k: v for k, v in state.items()}
+
+
+def numbered(state, names):
+    """As nn.Sequential(*children) names them."""
+    return {".".join([names[k.split(".")[0]], *k.split(".")[1:]]): v for k, v in state.items()}
+
+
+def shortcut(state):
+    return {k.replace(".downsample.", ".shortcut."): v for k, v in state.items()}
+
+
+FC, OPT = {"fc.weight": torch.zeros(128, 128), "fc.bias": torch.zeros(128)}, argparse.Namespace(lr=0.1)
+CHILDREN = dict(conv1="0", bn1="1", layer1="4", layer2="5", layer3="6", layer4="7")
+OWN = dict(conv1="0", bn1="1", layer1="2", layer2="3", layer3="4", layer4="5")
+FILES = {     # name: (project, stem, whole file from the backbone's state dict, what must be said to be left out)
+    "moco": ("MoCo v1, v2", "imagenet", lambda s: dict(epoch=200, arch="resnet18", optimizer={}, state_dict={
+        **prefixed({**s, **FC}, "module.encoder_q."), **prefixed({**s, **FC}, "module.encoder_k."), "module.queue": torch.zeros(128, 8),
+        "module.queue_ptr": torch.zeros(1)}), ["encoder_q.fc (2)", "encoder_k.", "queue (1)", "queue_ptr (1)"]),
+    "moco3": ("MoCo v3", "imagenet", lambda s: dict(epoch=1, state_dict={**prefixed(s, "module.base_encoder."), **prefixed(s, "module.momentum_encoder."),
+        "module.predictor.0.weight": torch.zeros(4, 4)}), ["momentum_encoder.", "predictor."]),
+    "simsiam": ("SimSiam", "imagenet", lambda s: dict(state_dict={**prefixed({**s, "fc.0.weight": torch.zeros(8, 8)}, "module.encoder."),
+        "module.predictor.0.weight": torch.zeros(4, 4)}), ["encoder.fc (1)", "predictor."]),
+    "byol": ("torchvision's layout", "imagenet", lambda s: {**s, **FC}, ["fc"]),
+    "byol2": ("torchvision's layout", "imagenet", lambda s: dict(online_backbone=prefixed(s, "module."), target_backbone=prefixed(s, "module.")), ["target_backbone"]),
+    "swav": ("SwAV", "imagenet", lambda s: {**prefixed(s, "module."), "module.projection_head.0.weight": torch.zeros(4, 4),
+        "module.prototypes.weight": torch.zeros(3000, 4)}, ["projection_head", "prototypes"]),
+    "deepcluster": ("DeepCluster-v2", "imagenet", lambda s: {**prefixed(s, "module."), "module.prototypes.prototypes0.weight": torch.zeros(3000, 4)}, ["prototypes"]),
+    "barlow": ("torchvision's layout", "imagenet", lambda s: s, ["nothing"]),
+    "barlow_full": ("Barlow Twins, VICReg", "imagenet", lambda s: dict(epoch=1, optimizer={}, model={**prefixed(s, "module.backbone."),
+        "module.projector.0.weight": torch.zeros(4, 4)}), ["projector"]),
+    "dino": ("DINO", "imagenet", lambda s: dict(student=prefixed(s, "module.backbone."), teacher={**prefixed(s, "backbone."), "head.mlp.0.weight":
+        torch.zeros(4, 4)}, args=OPT), ["head", "student"]),
+    "supcontrast": ("SupContrast", "small", lambda s: dict(opt=OPT, epoch=1, model={**prefixed(shortcut(s), "encoder.module."),
+        "head.0.weight": torch.zeros(4, 4)}), ["head", "opt"]),
+    "insdis": ("InsDis", "imagenet", lambda s: dict(opt=OPT, model=prefixed({**s, **FC}, "encoder.module."), contrast={}), ["encoder.fc (2)", "contrast"]),
+    "torchvision": ("torchvision's layout", "imagenet", lambda s: {k: v for k, v in {**s, **FC}.items() if "num_batches" not in k}, ["fc (2)"]),
+    "lightly": ("lightly", "imagenet", lambda s: dict(state_dict={**prefixed(numbered(s, CHILDREN), "backbone."),
+        "projection_head.layers.0.weight": torch.zeros(4, 4)}), ["projection_head"]),
+    "lightly_small": ("lightly", "small", lambda s: dict(state_dict=prefixed(shortcut(numbered(s, OWN)), "backbone.")), ["nothing"]),
+    "solo": ("solo-learn", "small", lambda s: dict(state_dict={**prefixed(s, "backbone."), "classifier.weight": torch.zeros(4, 4),
+        "projector.0.weight": torch.zeros(4, 4)}), ["classifier", "projector"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_projects_files(name, tmp_path, capsys):
+    project, stem, make, left = FILES[name]
+    state, encoder = net(stem=stem)
+    torch.save(make(state), tmp_path / "theirs.pth")
+    loaded, dim, saved = evaluate.load_encoder(evaluate.parse_args(["knn", str(tmp_path / "theirs.pth"), "--data", "shapes"]), torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert saved["method"] == project and saved["encoder_config"]["arch"] == "resnet18x0.25" and dim == 128
+    assert all(text in said.split("left out: ")[1] for text in left), said
+    for k, v in state.items():
+        assert torch.equal(loaded.state_dict()[k], v) or "num_batches" in k
+    if name == "solo":
+        encoder.conv1.padding = (2, 2)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(loaded(x), encoder(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "resnet50x2", "resnet34", "resnet101", "resnet18"])
+def test_architecture_from_the_shapes(arch, tmp_path):
+    with torch.device("meta"):
+        state = {k: torch.empty(v.shape) for k, v in common.resnet(arch).state_dict().items()}
+    config, encoder, used = evaluate.describe("x", state, "")
+    assert config["arch"] == arch and config["stem"] == "imagenet" and used == set(state)
+
+
+def test_reads_torchvisions_resnet50_as_torchvision_does(tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet50().eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    encoder, dim, saved = evaluate.load_encoder(evaluate.parse_args(["knn", str(tmp_path / "resnet50.pth"), "--size", "64"]), torch.device("cpu"))
+    theirs.fc = nn.Identity()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert dim == 2048 and saved["input"]["size"] == 64 and torch.allclose(encoder(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def cmc_file(path):
+    """The two halves of CMC: stems of the full width on networks of half the width."""
+    state = {}
+    for name, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
+        half, _ = net("resnet18x0.5")
+        half["conv1.weight"] = torch.randn(64, channels, 7, 7) / 10
+        half.update({f"bn1.{k}": torch.rand(64) + 0.5 for k in ("weight", "bias", "running_mean", "running_var")})
+        half["layer1.0.conv1.weight"] = torch.randn(32, 64, 3, 3) / 20
+        half["layer1.0.downsample.0.weight"] = torch.randn(32, 64, 1, 1) / 8
+        half.update({f"layer1.0.downsample.1.{k}": torch.rand(32) for k in ("weight", "bias", "running_mean", "running_var")})
+        state.update(prefixed({**half, **FC}, f"encoder.module.{name}."))
+    torch.save(dict(opt=OPT, model=state, contrast={}, epoch=200), path)
+    return state
+
+
+def test_cmc(tmp_path, capsys):
+    cmc_file(tmp_path / "cmc.pth")
+    encoder, dim, saved = evaluate.load_encoder(evaluate.parse_args(["knn", str(tmp_path / "cmc.pth")]), torch.device("cpu"))
+    assert saved["method"] == "CMC" and dim == 512 and encoder(torch.rand(2, 3, 64, 64)).shape == (2, 512) and "encoder.l_to_ab.fc (2)" in capsys.readouterr().err
+    seen = {}
+    encoder.l.register_forward_pre_hook(lambda m, x: None)
+    encoder.l.maps, encoder.ab.maps = (lambda x: seen.update(l=x) or x), (lambda x: seen.update(ab=x) or x)
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0.5, 0.5, 0.5]]).view(-1, 3, 1, 1)
+    encoder.maps(colours)
+    lab = torch.cat([seen["l"] * 50 + 50, seen["ab"][:, :1] * 92.208 + 6.025, seen["ab"][:, 1:] * 101.1675 - 6.6895], 1).flatten(1)
+    known = torch.tensor([[53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86], [100, 0, 0], [0, 0, 0], [53.39, 0, 0]])   # CIE, D65
+    assert (lab - known).abs().max() < 0.1
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, _ = net()
+    torch.save(dict(state_dict=state, extra=Evil()), "evil.pth")
+    with pytest.raises(common.UserError) as e:
+        evaluate.read_checkpoint("evil.pth")
+    assert "system" in str(e.value) and "refused" in str(e.value) and "state dict" in str(e.value) and "\n" not in str(e.value)
+    assert not os.path.exists("was_run")
+    with open("plain.pkl", "wb") as f:
+        pickle.dump(dict(x=Evil()), f)
+    with pytest.raises(common.UserError):
+        evaluate.read_checkpoint("plain.pkl")
+    assert not os.path.exists("was_run")
+
+
+@pytest.mark.parametrize("spoil,words", [(lambda s: dict(s, **{"layer2.0.conv1.weight": torch.zeros(3, 3)}), "does not fit"),
+                                         (lambda s: {k: v for k, v in s.items() if k != "layer3.1.bn2.bias"}, "layer3.1.bn2.bias"),
+                                         (lambda s: {k: v for k, v in s.items() if not k.startswith("layer4.1")}, "no ResNet known here"),
+                                         (lambda s: {"features.0.weight": torch.zeros(3)}, "nor in a layout known here"),
+                                         (lambda s: [1, 2], "nor in a layout known here")])
+def test_files_that_do_not_fit(spoil, words, tmp_path):
+    torch.save(spoil(net()[0]), tmp_path / "theirs.pth")
+    with pytest.raises(common.UserError) as e:
+        evaluate.load_encoder(evaluate.parse_args(["knn", str(tmp_path / "theirs.pth")]), torch.device("cpu"))
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_other_projects_files_need_data(tmp_path):
+    torch.save(net(stem="small")[0], tmp_path / "theirs.pth")
+    with pytest.raises(common.UserError, match="--data: needed"):
+        ask("knn", tmp_path / "theirs.pth")
+    assert ask("knn", tmp_path / "theirs.pth", "--data", "shapes", "--output", tmp_path)["top1"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ label fractions
+
+def test_subsets():
+    labels = torch.arange(1000) % 10
+    small, large = (evaluate.label_subset(labels, f, 0, True) for f in (0.02, 0.1))
+    assert len(small) == 20 and labels[small].bincount().tolist() == [2] * 10 and set(small.tolist()) <= set(large.tolist())
+    assert small[:5].tolist() == [31, 57, 64, 82, 159]      # the same everywhere
+    assert torch.equal(small, evaluate.label_subset(labels, 0.02, 0, True)) and not torch.equal(small, evaluate.label_subset(labels, 0.02, 1, True))
+    assert labels[evaluate.label_subset(labels, 3, 0, True)].bincount().tolist() == [3] * 10
+    drawn, more = (evaluate.label_subset(labels, f, 0, False) for f in (0.02, 0.1))
+    assert len(drawn) == 20 and labels[drawn].bincount(minlength=10).tolist() != [2] * 10 and set(drawn.tolist()) <= set(more.tolist())
+    assert len(evaluate.label_subset(labels, 1.0, 0, True)) == 1000
+    for amount, words in ((0.005, "fewer than the 10 classes"), (200, "class 0 has only 100")):
+        with pytest.raises(common.UserError, match=words):
+            evaluate.label_subset(labels, amount, 0, True)
+
+
+def test_data_gain_is_cpcs():
+    fractions = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    top1 = [23.1, 34.8, 50.6, 62.5, 70.3, 75.9, 80.2], [52.7, 60.4, 68.1, 73.1, 76.7, 81.2, 83.4]          # table 2: from pixels, on CPC
+    top5 = [44.1, 59.9, 75.2, 83.9, 89.4, 93.1, 95.2], [78.3, 83.9, 88.8, 91.2, 93.3, 95.6, 96.5]
+    assert evaluate.data_gain(fractions, top1[1], top1[0]) == pytest.approx([5, 2.5, 2, 2, 2.5, 2, 1])
+    assert evaluate.data_gain(fractions, top5[1], top5[0]) == pytest.approx([5, 5, 2, 2, 2.5, 2, 1])
+    assert evaluate.data_gain([0.1, 1], [5, 6], [10, 20]) == [None, None]
+
+
+@pytest.mark.parametrize("protocol", evaluate.FINETUNE)
+def test_finetune(checkpoint, tmp_path, protocol):
+    before = checkpoint.read_bytes()
+    result = ask("finetune", checkpoint, "--labels", "0.2", "4", "--protocol", protocol, "--epochs", "1", "--baseline", "supervised", "--output", tmp_path)
+    assert [r["images"] for r in result["rows"]] == [40, 120] and all(0 <= r["top1"] <= r["top5"] <= 100 for r in result["rows"])
+    assert {"baseline_top1", "gain"} <= set(result["rows"][0]) and (tmp_path / "labels.png").stat().st_size > 5000 and checkpoint.read_bytes() == before
+    if protocol == "simclr":
+        assert result == ask("finetune", checkpoint, "--labels", "0.2", "4", "--epochs", "1", "--baseline", "supervised", "--output", tmp_path)
+
+
+def test_finetuning_learns(checkpoint, tmp_path):
+    result = ask("finetune", checkpoint, "--labels", "1.0", "--epochs", "12", "--lr", "1", "--subset", "random", "--output", tmp_path)
+    assert result["rows"][0]["top1"] > 18, result
+
+
+# ------------------------------------------------------------------------------------------------ logistic regression, sweeps, transfer
+
+def blobs(n=600, classes=5, dim=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    return torch.randn(n, dim, generator=g) + 1.2 * torch.eye(dim)[y], y
+
+
+def test_logistic_regression_is_at_the_minimum():
+    h, y = blobs()
+    w = evaluate.logistic_regression(h, y, 5, 2.0).double().requires_grad_()
+    logits = h.double() @ w[:, :-1].T + w[:, -1]
+    loss = nn.functional.cross_entropy(logits, y, reduction="sum") + w[:, :-1].square().sum()
+    gradient, = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 0.05 and loss < 600 * np.log(5)
+    several = nn.functional.one_hot(y, 5).float()
+    several[0] = float("nan")
+    w = evaluate.logistic_regression(h, several, 5, 2.0).double().requires_grad_()
+    logits = h[1:].double() @ w[:, :-1].T + w[:, -1]
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, several[1:].double(), reduction="sum") + w[:, :-1].square().sum()
+    gradient, = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 0.05
+
+
+def test_logistic_regression_is_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    (h, y), (test, truth) = blobs(), blobs(seed=1)
+    w = evaluate.logistic_regression(h, y, 5, 0.5)
+    theirs = linear_model.LogisticRegression(C=2.0, max_iter=1000, tol=1e-6).fit(h.numpy(), y.numpy())
+    assert np.abs(w[:, :-1].numpy() - theirs.coef_).max() < 2e-3
+    assert abs(evaluate.measure("top1", test @ w[:, :-1].T + w[:, -1], truth) - 100 * theirs.score(test.numpy(), truth.numpy())) < 0.3
+
+
+def test_metrics():
+    logits, labels = torch.tensor([[2.0, 1], [2, 1], [2, 1], [1, 2]]), torch.tensor([0, 0, 1, 1])
+    assert evaluate.measure("top1", logits, labels) == 75 and evaluate.measure("mean_per_class", logits[:3], labels[:3]) == 50
+    several = torch.tensor([[1.0], [0], [float("nan")], [1]])
+    assert evaluate.measure("map_11_point", torch.tensor([[4.0], [3], [2], [1]]), several) == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+
+
+@pytest.mark.parametrize("task,args", [("knn", []), ("linear", ["--no-augment", "--epochs", "2"]), ("linear", ["--protocol", "lbfgs"])])
+def test_a_sweep_never_sees_the_test_set(checkpoint, tmp_path, monkeypatch, capsys, task, args):
+    def answer():
+        ask(task, checkpoint, "--sweep", *args, "--output", tmp_path)
+        return [line for line in capsys.readouterr().err.splitlines() if "chosen" in line]
+    first, load = answer(), common.load_data
+    other = common.Images(torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(200) % 10, "cpu")
+    monkeypatch.setattr(common, "load_data", lambda name, root, split, device: other if split == "val" else load(name, root, split, device))
+    assert first and first == answer()
+
+
+def test_held_out_images_are_no_training_images():
+    rest, held = evaluate.hold_out(1000, 0)
+    assert len(held) == 100 and sorted(rest.tolist() + held.tolist()) == list(range(1000)) and len(evaluate.hold_out(200_000, 0)[1]) == 10_000
+
+
+def test_transfer(checkpoint, tmp_path):
+    from torchvision.io import write_jpeg
+    for split, n in (("train", 6), ("val", 3)):
+        for c, light in (("dark", 20), ("light", 230)):
+            (tmp_path / "set" / split / c).mkdir(parents=True)
+            for i in range(n):
+                write_jpeg((torch.rand(3, 20, 26) * 20 + light).to(torch.uint8), str(tmp_path / "set" / split / c / f"{i}.jpg"))
+    result = ask("transfer", checkpoint, "--datasets", "shapes", tmp_path / "set", "--workers", 0)
+    assert [r["dataset"] for r in result["rows"]] == ["shapes", "set"] and result["rows"][0]["figure"] > 15
+    assert result["rows"][1]["figure"] == 100 and result["rows"][1]["test"] == 6 and result["rows"][1]["metric"] == "top1"
+
+
+def test_transfer_of_torchvisions_sets_and_voc(checkpoint, tmp_path, monkeypatch):
+    from torchvision.io import write_jpeg
+    top = tmp_path / "dtd" / "dtd"
+    (top / "labels").mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        names = []
+        for c, light in (("banded", 20), ("dotted", 230)):
+            (top / "images" / c).mkdir(parents=True, exist_ok=True)
+            for i in range(3):
+                names.append(f"{c}/{split}{i}.jpg")
+                write_jpeg((torch.rand(3, 20, 26) * 20 + light).to(torch.uint8), str(top / "images" / names[-1]))
+        (top / "labels" / f"{split}1.txt").write_text("\n".join(names) + "\n")
+    result = ask("transfer", checkpoint, "--datasets", "dtd", "--root", tmp_path, "--workers", 0)
+    assert result["rows"][0]["figure"] == 100 and (result["rows"][0]["train"], result["rows"][0]["val"], result["rows"][0]["test"]) == (6, 6, 6)
+    for name in ("pets", "sun397", "caltech101", "birdsnap", "nowhere"):
+        monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no network")))
+        with pytest.raises(common.UserError, match=f"--datasets {name}.*(missing|could not be had)"):
+            ask("transfer", checkpoint, "--datasets", name, "--root", tmp_path / "empty")
+
+
+def test_transfer_of_voc(checkpoint, real_data):
+    result = ask("transfer", checkpoint, "--datasets", "voc2007", "--root", real_data, "--workers", 0)["rows"][0]
+    assert result["metric"] == "map_11_point" and 0 < result["figure"] < 100 and (result["train"], result["val"], result["test"]) == (96, 24, 70)
+
+
+def test_sets_that_do_not_share_their_classes(checkpoint, tmp_path):
+    from torchvision.io import write_jpeg
+    for part in ("train/a", "train/b", "val/a", "val/c"):
+        (tmp_path / part).mkdir(parents=True)
+        write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / part / "0.jpg"))
+    with pytest.raises(common.UserError, match="without training images: c"):
+        ask("transfer", checkpoint, "--datasets", tmp_path)
+    with pytest.raises(common.UserError, match="no counterpart"):
+        ask("finetune", checkpoint, "--data", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ invariance and pictures
+
+def test_invariance(checkpoint):
+    rows = ask("invariance", checkpoint, "--count", "150")["rows"]
+    assert [r["chance"] for r in rows] == [80, 25, 50, 50] and all(0 <= r[k] <= 100 for r in rows for k in ("h", "g(h)"))
+    assert rows[3]["h"] > 60                                    # even this network tells Sobel's edges from an image
+
+
+def test_projector_is_the_one_that_was_trained(checkpoint):
+    import simclr
+    saved = common.read_checkpoint(checkpoint)
+    model = simclr.SimCLR(**{k: saved["args"][k] for k in ("arch", "stem", "head", "dim")})
+    model.load_state_dict(saved["model"])
+    h = torch.randn(5, model.encoder.dim)
+    assert torch.allclose(evaluate.read_projector(checkpoint, saved, model.encoder.dim)(h), model.eval().projector(h), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tsne", "pca"])
+def test_neighbours(checkpoint, tmp_path, kind):
+    result = ask("neighbours", checkpoint, "--map", kind, "--count", "100", "--output", tmp_path)
+    assert 0 < result["nearest_of_same_class"] <= 100 and all((tmp_path / f).stat().st_size > 10_000 for f in ("neighbours-and-pixels.png", "map.png"))
+
+
+def test_tsne_keeps_clusters_together():
+    torch.manual_seed(0)
+    y = torch.arange(120) % 4
+    x = torch.randn(120, 10) * 0.3 + 5 * torch.eye(10)[y]
+    plane = evaluate.tsne(x, x[:, :2], 20, 200)
+    nearest = torch.cdist(plane, plane).fill_diagonal_(9e9).argmin(1)
+    assert plane.isfinite().all() and (y[nearest] == y).float().mean() > 0.95
+
+
+# ------------------------------------------------------------------------------------------------ memory, mistakes
+
+def test_nearest_in_chunks_is_the_whole_search():
+    torch.manual_seed(0)
+    bank, h = torch.randn(40_000, 8), torch.randn(5, 8)
+    s, i = common.nearest(bank, h, 30)
+    whole = (nn.functional.normalize(h, dim=1) @ nn.functional.normalize(bank, dim=1).T).topk(30)
+    assert torch.allclose(s, whole.values, atol=1e-6) and torch.equal(i, whole.indices)
+    s, i = common.nearest(bank.half(), h, 1)
+    assert torch.equal(i[:, 0], whole.indices[:, 0])
+
+
+@pytest.mark.parametrize("args,words", [(["finetune", "C", "--labels", "0"], "--labels"), (["finetune", "C", "--labels", "1.5"], "--labels"),
+                                        (["finetune", "C", "--labels", "-2"], "--labels"), (["detect", "C", "--baseline", "pixels"], "pixels"),
+                                        (["transfer", "C"], "--datasets"), (["neighbours", "C", "--map", "umap"], "--map"),
+                                        (["finetune", "C", "--labels", "0.001"], "fewer than the 10 classes"), (["detect", "C", "--data", "nowhere"], "no set"),
+                                        (["finetune", "C", "--labels", "100"], "class 0 has only")])
+def test_misuse(checkpoint, capsys, args, words):
+    with pytest.raises((common.UserError, SystemExit)) as e:
+        parsed = evaluate.parse_args([str(checkpoint) if a == "C" else a for a in args])
+        getattr(evaluate, parsed.task)(parsed, torch.device("cpu"))
+    said = str(e.value) + capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+
+
+def test_mistakes_take_one_line_and_status_2(checkpoint):
+    assert "fewer than the 10 classes" in one_line(run("evaluate.py", "finetune", checkpoint, "--labels", "0.0001"))
