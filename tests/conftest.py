@@ -1,5 +1,5 @@
 """What the tests share: running a script as a person does, and the real images in $SSL_DATA."""
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,14 @@ torch.set_num_threads(1)                                        # the networks h
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "learning: trains long enough to learn something; runs after all others")
-    config.addinivalue_line("markers", "slow: takes minutes and much memory; runs only when asked for by `-m slow`")
+    config.addinivalue_line("markers", "slow: takes half a minute or more; runs only when asked for by `-m slow`")
+    config.addinivalue_line("markers", "huge: a slow one that takes much memory")
 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.get_closest_marker("learning") is not None)
     slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow and "slow" not in config.option.markexpr:
+    if slow and not re.search("slow|huge", config.option.markexpr):
         items[:] = [item for item in items if item not in slow]
         config.hook.pytest_deselected(items=slow)
 

@@ -100,7 +100,7 @@ def test_momentum_rises_to_1_and_the_two_orders_are_added(tmp_path, monkeypatch)
     assert logged(tmp_path, "loss") == pytest.approx([3.0] * 30)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
     check_resuming(tmp_path, byol, *TINY, *BOOKS, processes=processes)
 

@@ -258,7 +258,7 @@ def loss(network, mine):
 
 
 @pytest.mark.parametrize("processes,extra", [(1, ["--patch-augment", "full", "--stride", "6", "--offsets", "1"]),
-                                             (2, ["--patch-augment", "drop", "--gather", "--directions", "2"])])
+                                             pytest.param(2, ["--patch-augment", "drop", "--gather", "--directions", "2"], marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra, capsys):
     """All of it: weights, their average, Adam's moments."""
     check_resuming(tmp_path, cpc_v2, *TINY, *extra, *BOOKS, processes=processes)
@@ -309,6 +309,7 @@ def test_misuse(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.huge
 def test_a_step_of_the_full_size_model(tmp_path):
     """ResNet-161 on two images, with checkpointing: `pytest -s -m slow` says how much memory it took."""
     args = cpc_v2.parse_args(["--recipe", "imagenet"])

@@ -147,7 +147,7 @@ def test_version_1_has_its_own_schedule_and_augmentation(tmp_path, monkeypatch):
         assert [name for name, _, _ in operations] == names.split()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
     check_resuming(tmp_path, moco, *TINY, "--symmetric", *BOOKS, processes=processes)
 

@@ -66,7 +66,7 @@ def loss(network, mine):
 """)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
     check_resuming(tmp_path, simsiam, *TINY, *BOOKS, processes=processes)
 
@@ -78,7 +78,7 @@ def test_predictor_keeps_its_rate_and_the_rest_follows_the_cosine(tmp_path):
     assert groups[0]["lr"] == pytest.approx(peak * (1 + math.cos(math.pi * 29 / 30)) / 2) and groups[1]["lr"] == peak
 
 
-@pytest.mark.learning
+@pytest.mark.slow
 def test_what_collapses_without_stop_gradient_or_predictor(tmp_path):
     """Sections 4.1 and 4.2, two epochs of the default recipe each: the spread of z falls and the neighbours are no better than an untrained network's."""
     encoder = simsiam.SimSiam("resnet10x0.25", "small", 2, 8, 4).encoder

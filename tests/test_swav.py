@@ -129,7 +129,7 @@ def test_prototypes_are_normalised_first_and_the_rate_ends_above_0(tmp_path, mon
     assert rates[-1] == pytest.approx(peak * (0.001 + 0.999 * (1 + math.cos(math.pi * 19 / 20)) / 2))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
     check_resuming(tmp_path, swav, *TINY, "--queue-size", 1000, "--queue-start", 0.5, *BOOKS, processes=processes)
 
