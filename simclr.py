@@ -76,7 +76,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.by_pieces
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws. No mean or deviation is taken off, as in the official code."""
+    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws; not normalised, as in the official code."""
     x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, p=0.8)
     x = common.grayscale(x, p=0.2)
     if blur:

@@ -193,6 +193,15 @@ def check_two_processes(folder, body, after=""):
     assert result.returncode == 0 and result.stdout.count("both agree") == 2, result.stderr
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """That of a short SimCLR run, for what is asked of encoders."""
+    folder = tmp_path_factory.mktemp("run")
+    result = run("simclr.py", *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "checkpoint.pt"
+
+
 @pytest.fixture(scope="session")
 def real_data():
     folder = os.environ.get("SSL_DATA")

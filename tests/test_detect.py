@@ -95,14 +95,6 @@ def test_recall_of_exactly_three_tenths_counts():
 
 # ------------------------------------------------------------------------------------------------ training
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    result = run("simclr.py", *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
-    assert result.returncode == 0, result.stderr
-    return folder / "checkpoint.pt"
-
-
 FAST = ["--steps", "4", "--batch-size", "2", "--rois", "8", "--save-every", "2"]
 
 

@@ -12,14 +12,6 @@ import evaluate
 from conftest import TINY, one_line, run
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    result = run("simclr.py", *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
-    assert result.returncode == 0, result.stderr
-    return folder / "checkpoint.pt"
-
-
 @pytest.fixture(autouse=True)
 def little_data(monkeypatch):
     load = common.load_data
