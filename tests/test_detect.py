@@ -7,7 +7,7 @@ import torch
 
 import common
 import evaluate
-from conftest import TINY, one_line, run
+from conftest import one_line, run
 
 
 # ------------------------------------------------------------------------------------------------ the kit's rules

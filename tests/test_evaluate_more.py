@@ -9,7 +9,7 @@ from torch import nn
 
 import common
 import evaluate
-from conftest import TINY, one_line, run
+from conftest import one_line, run
 
 
 @pytest.fixture(autouse=True)
