@@ -150,7 +150,7 @@ class Images:
         """Crops of the images at `indices` (n,): a list of (n, 3, size, size) float32 in 0..1, drawn from `key` and this process."""
         seed_all(*key, rank())
         images = self.images.index_select(0, indices.to(self.images.device))       # ten times faster than images[indices] on a CPU
-        views = [crop_and_resize(images, crop) for crop in crops for _ in range(crop.count)]
+        views = [view for crop in crops for view in crop_and_resize(images, crop)]
         return views, indices, []
 
 
@@ -423,18 +423,19 @@ class CenterCrop(NamedTuple):
 
 
 def resize_weights(start, length, source, size, interpolation="bilinear"):
-    """(n, size, source) weights that resample the `length` pixels from `start` (both (n,)) of `source` to `size`, antialiased.
+    """(n, size, source) weights that resample the `length` pixels from `start` (both (n,)) of `source` to `size`, antialiased. A negative length goes
+    backwards from `start`, which mirrors.
 
     Pillow's filters: a triangle, or Keys' cubic with a = -1/2, as wide as one source pixel or one target pixel, whichever is more.
     """
-    step = length / size                                                                   # (n,)
-    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step[:, None]
+    step, end = (length / size)[:, None], start + length                                   # (n, 1), (n,)
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step       # (n, size)
     pixel = torch.arange(source, device=start.device) + 0.5
-    outside = (pixel < start[:, None]) | (pixel > (start + length)[:, None])
-    width = step.clamp(min=1)[:, None]
+    outside = (pixel < torch.minimum(start, end)[:, None]) | (pixel > torch.maximum(start, end)[:, None])
+    width = step.abs().clamp(min=1)
     d = ((pixel.masked_fill(outside, 1e6) / width)[:, None] - (centre / width)[:, :, None]).abs_()       # (n, size, source)
     if interpolation == "bilinear":
-        weights = d.neg_().add_(1).clamp_(min=0)
+        weights = torch.sub(1, d, out=d).clamp_(min=0)
     else:
         weights = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2).mul_(d < 2)
     return weights.div_(weights.sum(-1, keepdim=True))
@@ -446,22 +447,24 @@ def resample(x, rows, columns, out=None):
 
 
 def crop_and_resize(images, crop):
-    """One `crop` of each image, (N, 3, H, W) uint8 or float -> (N, 3, size, size) float32 in 0..1, every image with its own box."""
+    """`crop.count` views of each image, (N, 3, H, W) uint8 or float -> (count, N, 3, size, size) float32 in 0..1, every view with its own box."""
     n, channels, height, width = images.shape
     scale = 255 if images.dtype == torch.uint8 else 1
     if isinstance(crop, CenterCrop) and (height, width) == (crop.size, crop.size) and crop.size <= 32:
-        return images.float() / scale
-    boxes = crop.boxes(n, height, width).to(images.device, non_blocking=True)
-    mirrored = (torch.rand(n, 1, 1) < crop.flip).float().to(images.device, non_blocking=True)
-    views = torch.empty(n, channels, crop.size, crop.size, device=images.device)
-    for x, box, mirror, view in zip(*(pieces(a, images) for a in (images, boxes, mirrored, views))):
-        rows = resize_weights(box[:, 0], box[:, 2], height, crop.size, crop.interpolation)
-        columns = resize_weights(box[:, 1], box[:, 3], width, crop.size, crop.interpolation)
-        if crop.flip:
-            columns.lerp_(columns.flip(1), mirror)              # mirror is 0 or 1
-        resample(x.float(), rows.div_(scale), columns, out=view)
-        if crop.interpolation != "bilinear":
-            view.clamp_(0, 1)
+        return images[None].float() / scale
+    top, left, h, w = crop.boxes(crop.count * n, height, width).view(crop.count, n, 4).to(images.device, non_blocking=True).unbind(2)
+    mirrored = (torch.rand(crop.count, n) < crop.flip).float().to(images.device, non_blocking=True)
+    left, w = left + mirrored * w, w - 2 * mirrored * w
+    views = torch.empty(crop.count, n, channels, crop.size, crop.size, device=images.device)
+    for part in pieces(torch.arange(n), images):
+        part = slice(int(part[0]), int(part[-1]) + 1)
+        x = images[part].float()
+        for k, view in enumerate(views[:, part]):
+            rows = resize_weights(top[k, part], h[k, part], height, crop.size, crop.interpolation)
+            columns = resize_weights(left[k, part], w[k, part], width, crop.size, crop.interpolation)
+            resample(x, rows.div_(scale), columns, out=view)
+            if crop.interpolation != "bilinear":
+                view.clamp_(0, 1)
     return views
 
 
@@ -548,17 +551,20 @@ def _hue(x, shift):
     """Turn the hue of HSV by `shift` of the whole circle.
 
     With r, g, b taken to 0..1 between the least and the largest channel, the hue in sixths is 1 - r + g + b, with the sign of g - b: 0 at red, 2 at
-    green, 4 at blue, so that no case by case is needed. Back again, a channel is 2 - |its distance from the hue|, cut to 0..1.
+    green, 4 at blue, so that no case by case is needed. Back again, with d the distance of the hue from 3, 2 and 4, cut to 1..2, red is d - 1 and
+    the others 2 - d.
     """
     r, g, b = x.unbind(1)
-    largest, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    largest, least = torch.maximum(r, g), torch.minimum(r, g)
+    torch.maximum(largest, b, out=largest), torch.minimum(least, b, out=least)
     chroma = largest - least
-    hue = (g + b).sub_(r).sub_(least).add_(chroma).div_((6 * chroma).clamp_(min=1e-6))     # of the whole circle
-    hue = hue.copysign_(g - b).add_(shift[:, 0] + 2).frac_()                               # 2: makes it positive
-    torch.sub(hue, 1 / 2, out=r).abs_().mul_(6).sub_(1)
-    torch.sub(hue, 1 / 3, out=g).abs_().mul_(-6).add_(2)
-    torch.sub(hue, 2 / 3, out=b).abs_().mul_(-6).add_(2)
-    torch.addcmul(least[:, None], x.clamp_(0, 1), chroma[:, None], out=x)
+    hue = (g + b).sub_(r).sub_(least).add_(chroma).div_(torch.mul(chroma, 6, out=r).clamp_(min=1e-6))     # of the whole circle
+    hue = hue.copysign_(torch.sub(g, b, out=r)).add_(shift[:, 0] + 2).frac_().mul_(6)                     # 2: makes it positive
+    torch.sub(hue[:, None], torch.tensor([3.0, 2.0, 4.0], device=x.device)[:, None, None], out=x).abs_().clamp_(1, 2)
+    torch.addcmul(least.sub_(chroma), r, chroma, out=r)
+    largest.add_(chroma)
+    for channel in (g, b):
+        torch.addcmul(largest, channel, chroma, value=-1, out=channel)
 
 
 def _shift(x, amount):

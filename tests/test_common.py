@@ -85,7 +85,7 @@ def test_crop_equals_torchvision(mode, size):
     crop = common.Crop(1, size, (0.08, 1.0), interpolation=mode)
     boxes = crop.boxes(len(x), 40, 52)
     torch.manual_seed(size)
-    ours = common.crop_and_resize(x, crop)
+    ours = common.crop_and_resize(x, crop)[0]
     for image, box, view in zip(x, boxes, ours):
         reference = TF.resized_crop(image, *(int(v) for v in box), [size, size], TF.InterpolationMode(mode), antialias=True).clamp(0, 1)
         assert (view - reference).abs().max() <= 2 * LEVEL
@@ -98,7 +98,7 @@ def test_crop_of_a_batch_equals_crop_of_single_images_and_pillow():
         torch.manual_seed(seed)
         single = common.crop_one(image, crop)[0][0]
         torch.manual_seed(seed)
-        batched = common.crop_and_resize(image[None], crop)[0]
+        batched = common.crop_and_resize(image[None], crop)[0, 0]
         torch.manual_seed(seed)
         top, left, height, width = crop.boxes(1, 60, 48)[0].int().tolist()
         pil = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height)).resize((32, 32), Image.BILINEAR)
@@ -127,11 +127,11 @@ def test_boxes_are_drawn_as_torchvision_draws_them(height, width, scale):
 
 def test_center_crop_is_the_central_share():
     x = pictures(2, 128, 192)
-    view = common.crop_and_resize(x, common.CenterCrop(56))
+    view = common.crop_and_resize(x, common.CenterCrop(56))[0]
     reference = TF.center_crop(TF.resize(x, [64], antialias=True), [56])
     assert (view - reference)[..., 1:-1, 1:-1].abs().max() <= 2 * LEVEL
     small = (pictures(2) * 255).to(torch.uint8)
-    assert torch.equal(common.crop_and_resize(small, common.CenterCrop(32)), small / 255)
+    assert torch.equal(common.crop_and_resize(small, common.CenterCrop(32))[0], small / 255)
 
 
 def test_flip_of_a_crop_mirrors_half_of_the_images():
@@ -139,9 +139,9 @@ def test_flip_of_a_crop_mirrors_half_of_the_images():
     image = (pictures(1) * 255).to(torch.uint8)
     whole = functools.partial(common.Crop, 400, 24, (1.0, 1.0), (1.0, 1.0))
     torch.manual_seed(0)
-    batch = common.crop_and_resize(image.repeat(400, 1, 1, 1), whole(flip=0.5))
+    batch = common.crop_and_resize(image.repeat(400, 1, 1, 1), whole(flip=0.5))[0]
     worker = torch.cat(common.crop_one(image[0], whole(flip=0.5))).float()
-    for views, plain in ((batch, common.crop_and_resize(image, whole())[0]), (worker, common.crop_one(image[0], whole())[0][0].float())):
+    for views, plain in ((batch, common.crop_and_resize(image, whole())[0, 0]), (worker, common.crop_one(image[0], whole())[0][0].float())):
         mirrored, same = ((views - one).abs().flatten(1).amax(1) < 1e-5 for one in (plain.flip(2), plain))
         assert (mirrored ^ same).all() and 150 < mirrored.sum() < 250
 
@@ -381,7 +381,7 @@ def test_augmented_batches_have_the_distribution_of_the_pillow_pipeline():
                           T.RandomGrayscale(p=0.2), T.ToTensor()])
     torch.manual_seed(0)
     theirs = torch.stack([pipeline(Image.fromarray(i.transpose(1, 2, 0))) for i in images])
-    crops = common.crop_and_resize(torch.from_numpy(images), common.Crop(1, 32, (0.2, 1.0), flip=0.5))
+    crops = common.crop_and_resize(torch.from_numpy(images), common.Crop(1, 32, (0.2, 1.0), flip=0.5))[0]
     ours = simclr.augment(crops, 1.0, 0.0)
 
     def statistics(x):
