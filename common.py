@@ -170,8 +170,10 @@ class Folder:
     def crop(self, indices, crops, *key):
         """As `Images.crop`, but uint8, and drawn from `key` and each image alone. An image that cannot be read is replaced by the next
         one that can: returns the crops, the indices really used, and the indices of the broken files."""
-        views, used, broken = [], [], []
-        for i in indices.tolist():
+        used, broken = [], []
+        views = [torch.empty(len(indices), 3, crop.size, crop.size, dtype=torch.uint8, memory_format=torch.channels_last) for crop in crops
+                 for _ in range(crop.count)]
+        for k, i in enumerate(indices.tolist()):
             for _ in range(min(len(self), 10 + len(self) // 100)):      # more in a row than may be broken at all: `note_broken` ends the run
                 image = self.read(i)
                 if image is not None:
@@ -181,9 +183,10 @@ class Folder:
             if image is None:
                 image = torch.zeros(3, 32, 32, dtype=torch.uint8)
             seed_all(*key, i)
-            views.append([view for crop in crops for view in crop_one(image, crop)])
+            for batch, view in zip(views, (view for crop in crops for view in crop_one(image, crop))):
+                batch[k] = view[0]
             used.append(i)
-        return [torch.cat(v) for v in zip(*views)], torch.tensor(used), broken
+        return views, torch.tensor(used), broken
 
     def read(self, i):
         """Image i as (3, H, W) uint8 RGB, or None: torchvision's decoder, or Pillow for what that does not read."""
@@ -395,17 +398,17 @@ class Crop(NamedTuple):
 
     def boxes(self, n, height, width):
         """n boxes (n, 4) as top, left, height, width: float32 that hold whole numbers."""
-        area = height * width * torch.empty(n, 10).uniform_(*self.scale)
-        ratio = torch.empty(n, 10).uniform_(math.log(self.ratio[0]), math.log(self.ratio[1])).exp()
-        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        u = torch.rand(n, 22).numpy()                           # numpy: a worker draws for one image at a time, where torch's calls cost more than the work
+        within = lambda u, low, high: low + (high - low) * u
+        area, ratio = height * width * within(u[:, :10], *self.scale), np.exp(within(u[:, 10:20], *np.log(self.ratio, dtype=np.float32)))
+        w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))              # (n, 10)
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        first = fits.int().argmax(1, keepdim=True)
-        w, h, fits = (a.gather(1, first)[:, 0] for a in (w, h, fits))
-        u = torch.rand(2, n)
-        top, left = (u[0] * (height - h + 1)).floor(), (u[1] * (width - w + 1)).floor()
+        first = np.arange(n), fits.argmax(1)
+        w, h = w[first], h[first]
+        boxes = np.stack([np.floor(u[:, 20] * (height - h + 1)), np.floor(u[:, 21] * (width - w + 1)), h, w], 1)
         fallback_w, fallback_h = min(width, round(height * self.ratio[1])), min(height, round(width / self.ratio[0]))
-        centre = torch.tensor([(height - fallback_h) // 2, (width - fallback_w) // 2, fallback_h, fallback_w], dtype=torch.float32)
-        return torch.where(fits[:, None], torch.stack([top, left, h, w], 1), centre)
+        boxes[~fits[first]] = (height - fallback_h) // 2, (width - fallback_w) // 2, fallback_h, fallback_w
+        return torch.from_numpy(boxes)
 
 
 class CenterCrop(NamedTuple):
