@@ -87,7 +87,7 @@ def draw_shapes(count, seed, size=32, cells=1):
     mask, pattern = np.zeros((2, n, s, s), np.float32)
     average = lambda a: a.reshape(-1, s, 2, s, 2).mean((2, 4), dtype=np.float32)
     for k in range(len(SHAPES)):
-        for i in np.array_split(np.flatnonzero((labels == k) & present), max(1, n // 5000)):
+        for i in np.array_split(np.flatnonzero((labels == k) & present), max(1, n // 80)):
             du, dv = (pixel[None, None, :] - x[i, None, None]) / half[i, None, None], (pixel[None, :, None] - y[i, None, None]) / half[i, None, None]
             a, b = cos[i, None, None], sin[i, None, None]
             pu, pv = a * du + b * dv, a * dv - b * du

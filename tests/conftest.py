@@ -1,5 +1,5 @@
 """What the tests share: running a script as a person does, and the real images in $SSL_DATA."""
-import json, os, random, re, signal, subprocess, sys, time
+import functools, json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                                        # the networks here are too small for more
+
+import common
+common.draw_shapes = functools.cache(common.draw_shapes)        # the same images for every run in this process
 
 
 def pytest_configure(config):
@@ -48,7 +51,6 @@ def train(script, *args):
 
 def mistake(script, args):
     """The message of a user's mistake that `script`, a module, must notice before its first step."""
-    import common
     with pytest.raises((common.UserError, SystemExit)) as e:
         train(script, *args)
     return str(e.value)
@@ -90,7 +92,6 @@ FRESH = {"images_per_second", "waiting"}                        # the log's entr
 
 def result_of(folder):
     """What a run must reproduce: all tensors of its checkpoint, and its log without the timings."""
-    import common
     checkpoint = common.read_checkpoint(folder / "checkpoint.pt")
     lines = [{k: v for k, v in json.loads(line).items() if k not in FRESH} for line in (folder / "log.jsonl").read_text().splitlines()]
     return checkpoint, lines
@@ -196,9 +197,9 @@ def check_two_processes(folder, body, after=""):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """That of a short SimCLR run, for what is asked of encoders."""
+    import simclr
     folder = tmp_path_factory.mktemp("run")
-    result = run("simclr.py", *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
-    assert result.returncode == 0, result.stderr
+    train(simclr, *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
     return folder / "checkpoint.pt"
 
 

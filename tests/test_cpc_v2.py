@@ -9,7 +9,7 @@ from torch import nn
 import common
 import cpc_v2
 import evaluate
-from conftest import BOOKS, check_resuming, check_two_processes, mistake, result_of, run
+from conftest import BOOKS, check_resuming, check_two_processes, mistake, result_of, train
 
 TINY = ["--arch", "resnet10x0.125", "--resize", "13", "--size", "12", "--patch-size", "6", "--stride", "3", "--offsets", "1", "2", "--hidden", "8",
         "--layers", "2", "--dim", "8", "--batch-size", "200", "--epochs", "1", "--lr", "0.002"]  # 3 x 3 patches, 25 steps
@@ -213,16 +213,15 @@ def test_average_follows_the_weights_and_is_what_is_kept(tmp_path):
     for k, v in before.items():
         expected = learned[k] if "running" in k or "num_batches" in k else 0.9 * v + 0.1 * learned[k]
         assert torch.allclose(now[k], expected, atol=1e-6)
-    result = run("cpc_v2.py", *TINY, "--clip", "0.001", "--ema-momentum", "0.8", "--patch-augment", "none", "--output", tmp_path)
-    assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr
+    train(cpc_v2, *TINY, "--clip", "0.001", "--ema-momentum", "0.8", "--patch-augment", "none", "--output", tmp_path)
     checkpoint, lines = result_of(tmp_path)
     kept = {k[len("average."):]: v for k, v in checkpoint["model"].items() if k.startswith("average.")}
     assert kept.keys() == checkpoint["encoder"].keys() and all(torch.equal(v, kept[k]) for k, v in checkpoint["encoder"].items())
     assert not torch.equal(kept["conv1.weight"], checkpoint["model"]["encoder.conv1.weight"])
     encoder = common.resnet(**checkpoint["encoder_config"])
     encoder.load_state_dict(checkpoint["encoder"], strict=True)
-    train, val = (common.features(encoder, common.load_data("shapes", split=s), checkpoint["input"]) for s in ("train", "val"))
-    assert common.knn_accuracy(*train, *val) == pytest.approx(lines[-1]["knn"], abs=0.1)
+    bank, queries = (common.features(encoder, common.load_data("shapes", split=s), checkpoint["input"]) for s in ("train", "val"))
+    assert common.knn_accuracy(*bank, *queries) == pytest.approx(lines[-1]["knn"], abs=0.1)
     assert lines[0]["loss"] == pytest.approx(2 * math.log(1800), abs=0.5)
     moments = checkpoint["optimizer"]["state"].values()                                        # running means of gradients no longer than 0.001
     norm = torch.stack([s["exp_avg"].norm() for s in moments]).norm()

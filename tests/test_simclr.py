@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import common
+import evaluate
 import simclr
 from conftest import (BOOKS, TINY, assert_equal_runs, check_two_processes, command, environment, mistake, one_line, result_of, run, run_killed,
                       run_restarted, train)
@@ -93,7 +94,7 @@ def finished(tmp_path_factory):
     return folders
 
 
-def test_run_leaves_its_books(finished):
+def test_run_leaves_its_books(finished, capsys):
     checkpoint, lines = result_of(finished[1])
     assert sorted(os.listdir(finished[1])) == ["checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
     assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24, 28, 30] and [line["step"] for line in lines if "knn" in line] == [20, 30]
@@ -104,15 +105,18 @@ def test_run_leaves_its_books(finished):
     assert checkpoint["method"] == "simclr" and checkpoint["step"] == 30 and checkpoint["epoch"] == 3
     encoder = common.resnet(**checkpoint["encoder_config"])
     encoder.load_state_dict(checkpoint["encoder"], strict=True)
-    again = run("simclr.py", *TINY, "--output", finished[1], *BOOKS)
-    assert again.returncode == 0 and "this run is finished" in again.stderr
+    train(simclr, *TINY, "--output", finished[1], *BOOKS)
+    assert "this run is finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_killed_three_times_is_the_run_that_was_not(finished, tmp_path, processes):
     run_killed(tmp_path, "simclr.py", *TINY, *BOOKS, processes=processes)
-    result = run("simclr.py", *TINY, *BOOKS, "--output", tmp_path, "--save-every", 3, processes=processes)
-    assert result.returncode == 0, result.stderr
+    if processes == 1:
+        train(simclr, *TINY, *BOOKS, "--output", tmp_path, "--save-every", 3)
+    else:
+        result = run("simclr.py", *TINY, *BOOKS, "--output", tmp_path, "--save-every", 3, processes=2)
+        assert result.returncode == 0, result.stderr
     assert_equal_runs(tmp_path, finished[processes])
 
 
@@ -130,7 +134,7 @@ def test_signals_save_and_end(finished, tmp_path, name, status):
     last = errors.strip().splitlines()[-1]
     assert last.startswith(f"stopped by {name} after step") and "Traceback" not in errors
     if name == "SIGTERM":
-        assert run("simclr.py", *args).returncode == 0
+        train(simclr, *args)
         assert_equal_runs(tmp_path, finished[1])
 
 
@@ -241,26 +245,26 @@ def photos(tmp_path_factory):
 SMALL_RUN = ["--recipe", "small", "--arch", "resnet10x0.0625", "--size", "24", "--epochs", "2", "--batch-size", "20", "--lr", "1", "--warmup-epochs", "0"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_training_on_a_folder_with_one_broken_image(photos, tmp_path, processes):
+def test_training_on_a_folder_with_one_broken_image(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data/train/0/007.jpg").write_bytes(b"\xff\xd8 broken")
-    result = run("simclr.py", "--data", tmp_path / "data", *SMALL_RUN, "--workers", 2, "--output", tmp_path / "run", processes=processes)
+    result = run("simclr.py", "--data", tmp_path / "data", *SMALL_RUN, "--workers", 2, "--output", tmp_path / "run", processes=2)
     assert result.returncode == 0, result.stderr
     assert sum("cannot read" in line and "(1 broken so far)" in line for line in result.stderr.splitlines()) == 1
     assert "kNN accuracy" in result.stderr
     (tmp_path / "data/train/0/008.jpg").write_bytes(b"broken")
-    result = run("simclr.py", "--data", tmp_path / "data", *SMALL_RUN, "--output", tmp_path / "run2", processes=processes)
-    assert result.returncode != 0 and "2 of 120 images cannot be read, more than 1 %" in result.stderr and "simclr.py\", line" not in result.stderr
+    for processes in (1, 2):
+        result = run("simclr.py", "--data", tmp_path / "data", *SMALL_RUN, "--output", tmp_path / "run2", processes=processes)
+        assert result.returncode != 0 and "2 of 120 images cannot be read, more than 1 %" in result.stderr and "simclr.py\", line" not in result.stderr
 
 
-def test_workers_change_nothing_and_unlabelled_folders_train(photos, tmp_path):
+def test_workers_change_nothing_and_unlabelled_folders_train(photos, tmp_path, capsys):
     for workers in (0, 2):
-        result = run("simclr.py", "--data", photos, *SMALL_RUN, "--workers", workers, "--output", tmp_path / str(workers))
-        assert result.returncode == 0, result.stderr
+        train(simclr, "--data", photos, *SMALL_RUN, "--workers", workers, "--output", tmp_path / str(workers))
     assert_equal_runs(tmp_path / "0", tmp_path / "2")
-    result = run("simclr.py", "--data", photos / "train" / "0", *SMALL_RUN, "--output", tmp_path / "plain")
-    assert result.returncode == 0 and "kNN" not in result.stderr and "knn" not in (tmp_path / "plain/log.jsonl").read_text()
+    capsys.readouterr()
+    train(simclr, "--data", photos / "train" / "0", *SMALL_RUN, "--workers", 0, "--output", tmp_path / "plain")
+    assert "kNN" not in capsys.readouterr().err and "knn" not in (tmp_path / "plain/log.jsonl").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -273,13 +277,12 @@ def test_training_on_a_gpu(tmp_path):
 
 
 @pytest.mark.learning
-def test_it_learns(tmp_path):
+def test_it_learns(tmp_path, capsys):
     """Six epochs instead of sixteen: well above the untrained network and the pixels already."""
     result = run("simclr.py", "--epochs", "6", "--output", tmp_path, threads=2, timeout=400)
     assert result.returncode == 0, result.stderr
     top1 = {}
     for baseline in (None, "random", "pixels"):
-        probe = run("evaluate.py", "knn", tmp_path / "checkpoint.pt", *(["--baseline", baseline] if baseline else []))
-        assert probe.returncode == 0, probe.stderr
-        top1[baseline] = json.loads(probe.stdout.splitlines()[-1])["top1"]
+        evaluate.knn(evaluate.parse_args(["knn", str(tmp_path / "checkpoint.pt"), *(["--baseline", baseline] if baseline else [])]), torch.device("cpu"))
+        top1[baseline] = json.loads(capsys.readouterr().out.splitlines()[-1])["top1"]
     assert top1["random"] < 35 and top1["pixels"] < 55 and top1[None] > top1["pixels"] + 5, top1
