@@ -842,16 +842,16 @@ class PreBottleneck(nn.Module):
 class ResNet(nn.Module):
     """He et al. 2015, and 2016 for version 2. Use `resnet` to build one. `.dim` is the width of the output; parameter names are torchvision's."""
 
-    def __init__(self, depth, multiplier, norm, stem, stages, version):
+    def __init__(self, depth, multiplier, norm, stem, stages, version, in_channels, stem_width):
         super().__init__()
         blocks_of = {(False, 1): BasicBlock, (True, 1): Bottleneck, (False, 2): PreBasicBlock, (True, 2): PreBottleneck}
         block, make_norm = blocks_of[depth >= 50, version], NORMS[norm]
         widths = [max(1, round(64 * multiplier * 2 ** i)) for i in range(stages)]
-        channels = widths[0]
+        channels = stem_width or widths[0]
         if stem == "small":
-            self.conv1, self.maxpool = nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.Identity()
+            self.conv1, self.maxpool = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False), nn.Identity()
         else:
-            self.conv1, self.maxpool = nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
+            self.conv1, self.maxpool = nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
         self.bn1 = make_norm(channels) if version == 1 else None
         for i, (width, blocks) in enumerate(zip(widths, DEPTHS[depth])):
             layer, out = [], width * block.expansion
@@ -888,14 +888,14 @@ def parse_arch(arch):
     return int(match[1]), float(match[2] or 1)
 
 
-def resnet(arch, norm="batch", stem="imagenet", zero_init=False, stages=None, version=None):
+def resnet(arch, norm="batch", stem="imagenet", zero_init=False, stages=None, version=None, in_channels=3, stem_width=None):
     """Build a ResNet: `arch` is resnet10, 18, 34, 50, 101, 152 or 200, with a width multiplier or fraction: resnet50x2, resnet18x0.25; or CPC's
     resnet161, whose third stage of 46 wide blocks is the last.
 
     `norm` "layer" normalises each image over (C, H, W) and shares no statistics; `stem` "small" is 3x3 without max-pooling, for 32-96
     pixel images. `stages` leaves out those after it. `version` 2 puts norm and ReLU before the convolutions, as in resnet161. `zero_init` starts
-    every residual branch of version 1 at zero (last norm's scale). The result has `.dim`, `.maps(x)` and `.config`, the keyword arguments that
-    build it again. Raises ValueError for anything else.
+    every residual branch of version 1 at zero (last norm's scale). `in_channels` and `stem_width` are what the stem takes and gives. The result has `.dim`,
+    `.maps(x)` and `.config`, the keyword arguments that build it again. Raises ValueError for anything else.
     """
     depth, multiplier = parse_arch(arch)
     stages = stages or len(DEPTHS[depth])
@@ -904,8 +904,8 @@ def resnet(arch, norm="batch", stem="imagenet", zero_init=False, stages=None, ve
                                ("version", version, (2,) if depth == 161 else (1, 2))):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not one of {', '.join(map(str, known))}")
-    model = ResNet(depth, multiplier, norm, stem, stages, version)
-    model.config = dict(arch=arch, norm=norm, stem=stem, stages=stages, version=version)
+    model = ResNet(depth, multiplier, norm, stem, stages, version, in_channels, stem_width)
+    model.config = dict(arch=arch, norm=norm, stem=stem, stages=stages, version=version, in_channels=in_channels, stem_width=stem_width)
     if zero_init:
         for block in model.modules():
             if isinstance(block, (BasicBlock, Bottleneck)):
