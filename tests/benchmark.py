@@ -151,12 +151,13 @@ class Bare:
     """In place of `common.Run`: one fixed batch again and again, no books."""
 
     def __init__(self, method, args, model, optimizer, batches, *_, **__):
-        self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in batches[0][0]]
+        crops, self.indices, _ = batches[0]
+        self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in crops]
         self.total = args.epochs * len(batches)
 
     def __iter__(self):
         for step in range(self.total):
-            yield step, self.crops, None
+            yield step, self.crops, self.indices
             note(self, step, self.total)
 
     def log(self, *_):
