@@ -64,11 +64,11 @@ SMALL = dict(IMAGENET,               # official cifar.py: the softmax over the w
 )
 SHAPES = dict(SMALL,                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
-    epochs=50, batch_size=64, lr=0.016, optimizer="adamw", schedule="cosine", weight_decay=1e-4, warmup_epochs=1,
+    epochs=32, batch_size=64, lr=0.016, optimizer="adamw", schedule="cosine", weight_decay=1e-4, warmup_epochs=1,
     temperature=0.2,
     color_strength=2.0,              # one tint an image, which is what the jitter erases
     min_scale=0.4,                   # smaller crops often miss the object
-    knn_every=5,
+    knn_every=8,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
