@@ -23,12 +23,18 @@ Notation. N images in the batch of one process, n in the data set.
 
 Start value 2 ln(m + 1) = 19.41 for 16384 drawn rows, for NCE about 2 more. With `--negatives 0` the sum is over the whole bank and the start 2 ln n.
 
+Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows both networks images with others
+blended or pasted into them and leaves the loss alone. `--mixture unmix` is our transfer of Un-Mix (2022), which its authors tried with other methods: a
+view of the batch mixed with itself in reverse order, m = lambda x + (1 - lambda) reversed x or with a square of it, adds
+lambda L(m) + (1 - lambda) L(reversed m), against the same banks, which hold whole images.
+
 Published: ImageNet, two ResNet-50 of twice the width: linear probe 68.4 % (paper). ImageNet-100, two of half the width, YCbCr, softmax, 4096: 75.8 %
 (official README).
 Ours: embedded shapes, `python cmc.py`: not run yet. ImageNet and CIFAR-10: not run yet.
 
 Differs from the paper:
-    - The conversion of the colours is part of the encoder, so that whoever uses it gives it RGB in 0..1.
+    - The conversion of the colours is part of the encoder, so that whoever uses it gives it RGB in 0..1. `--mixture` mixes before it, the official
+      code after.
     - The recipes for small images are ours; the one for the embedded `shapes` disturbs the colours as well.
 
 Usage:
@@ -69,7 +75,7 @@ SHAPES = dict(SMALL,                 # our own, for a few minutes on two CPU cor
     negatives=0, temperature=0.2,
     color_strength=2.0,              # one tint an image, by which the halves would find each other
     min_scale=0.4,                   # smaller crops often miss the object
-    knn_every=5,
+    knn_every=10,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
@@ -240,23 +246,33 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x1 = augment(x1, args.color_strength)
+        views = [augment(x1, args.color_strength)]
+        common.mixture(views, args.mixture, args.mix_alpha, args.mix_beta, args.mix_count, args.mix_probability, args.mix_decay)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = network(x1)                                                  # two of (N, d)
-        scores = model.scores(z, indices, args.negatives)                    # two of (N, 1 + m)
-        if args.loss == "nce":
-            if step == 0:
-                model.estimate_normalizer(scores, args.temperature)
-                common.say("Z = {:.4g} and {:.4g}, estimated from the first batch".format(*model.normalizer.tolist()))
-            loss = sum(nce(s, normalizer, args.temperature, len(data)) for s, normalizer in zip(scores, model.normalizer))
-        else:
-            loss = sum(instance_softmax(s, args.temperature, None if args.negatives else indices.to(device)) for s in scores)
+            z = network(views[0])                                            # two of (N, d)
+        weighed = [(1, z)]
+        if args.mixture == "unmix":                                          # one view more, with two right rows; the banks are of whole images
+            mixed, share = common.unmix(views[0], args.unmix_global, args.mix_alpha)
+            views.append(mixed)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                z_mixed = network(mixed)                                     # two of (N, d)
+            weighed += [(share, z_mixed), (1 - share, [half.flip(0) for half in z_mixed])]
+        loss = 0
+        for weight, halves in weighed:
+            scores = model.scores(halves, indices, args.negatives)           # two of (N, 1 + m)
+            if args.loss == "nce":
+                if step == 0 and halves is z:
+                    model.estimate_normalizer(scores, args.temperature)
+                    common.say("Z = {:.4g} and {:.4g}, estimated from the first batch".format(*model.normalizer.tolist()))
+                loss = loss + weight * sum(nce(s, normalizer, args.temperature, len(data)) for s, normalizer in zip(scores, model.normalizer))
+            else:
+                loss = loss + weight * sum(instance_softmax(s, args.temperature, None if args.negatives else indices.to(device)) for s in scores)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.remember(z, indices, args.memory_momentum)                     # after they were scored
-        run.log(loss, lr, torch.cat(z, 1), [x1])
+        run.log(loss, lr, torch.cat(z, 1), views)
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -275,6 +291,7 @@ def parse_args(argv=None):
     parser.add_argument("--schedule", choices=["steps", "cosine"], help="how the rate falls; the paper's is steps")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1); the paper's is 0: none")
     parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
+    parser.add_mixture()
     return parser.parse()
 
 

@@ -747,6 +747,51 @@ def autoaugment_primitives(x, count=2):
     return x
 
 
+def mixture(views, kind, alpha=1.0, beta=1.0, count=2, probability=0.1, decay=1.0):
+    """Image mixture of 2020 (Shen et al., the CMC repository with `--IM`): images of a batch are mixed with others of it; the loss stays as it is.
+
+    views: a list of (N, C, S, S), of any sizes; all views of an image are mixed alike, with the same views of the same other image. `kind` "global": up
+    to `count` times, each with `probability`, x <- s x + (1 - s) x' with s from Beta(alpha, alpha). "region": likewise a square of the area 1 - s of x',
+    s from Beta(beta, beta), centred anywhere and clipped at the border, takes its place in x, which in the first round is multiplied by `decay` before.
+    "both": the one, then the other. Any other kind: nothing. In place.
+    """
+    n = len(views[0])
+    for level, concentration in (("global", alpha), ("region", beta)):
+        others = [x.clone() for x in views] if kind in (level, "both") else []
+        for i in range(count if others else 0):
+            chosen = (torch.rand(n) < probability).nonzero()[:, 0]
+            other = (chosen + torch.randint(1, max(n, 2), chosen.shape)) % n
+            share = torch.distributions.Beta(concentration, concentration).sample(chosen.shape)
+            centre = torch.rand(len(chosen), 2)
+            for x, y in zip(views, others):
+                here, there = x[chosen.to(x.device)], y[other.to(x.device)]
+                if level == "global":
+                    mixed = there.lerp(here, share[:, None, None, None].to(x.device))
+                else:
+                    mixed = torch.where(_squares(1 - share, centre, x.shape[2]).to(x.device), there, here * decay if i == 0 else here)
+                x.index_copy_(0, chosen.to(x.device), mixed)
+
+
+def unmix(x, global_share=0.5, alpha=1.0):
+    """Un-Mix (Shen et al. 2022): a batch (N, C, S, S) mixed with itself in reverse order, all images alike: (mixed, share).
+
+    mixed[i] holds `share` of image i, a number, and mixed.flip(0)[i] the rest. The share is from Beta(alpha, alpha); with probability `global_share` the
+    images are blended, otherwise a square of the other takes its place in each, and the share is what that really leaves.
+    """
+    share, centre = torch.distributions.Beta(alpha, alpha).sample((1,)), torch.rand(1, 2)
+    if torch.rand(()) < global_share:
+        return x.flip(0).lerp(x, share.item()), share.item()
+    square = _squares(1 - share, centre, x.shape[2])
+    return torch.where(square.to(x.device), x.flip(0), x), 1 - square.float().mean().item()
+
+
+def _squares(area, centre, size):
+    """(M,) shares of the image, (M, 2) in 0..1 -> (M, 1, size, size) booleans, True in squares of those areas, clipped at the border."""
+    pixel = (torch.arange(size) + 0.5) / size
+    near = (pixel - centre[:, :, None]).abs() < area.sqrt()[:, None, None] / 2             # (M, 2, size)
+    return (near[:, 0, :, None] & near[:, 1, None, :])[:, None]
+
+
 def normalize(x, mean, std):
     """(x - mean) / std a channel; mean and std are triples. In place as well."""
     return x.sub_(torch.tensor(mean, device=x.device)[:, None, None]).div_(torch.tensor(std, device=x.device)[:, None, None])
@@ -1153,6 +1198,19 @@ class Parser(LineParser):
         known = early.parse_known_args(self.argv)[0]
         name = known.recipe or ("shapes" if known.data == "shapes" else "small" if known.data in DATA else "imagenet")
         self.recipe = dict(recipes.get(name, {}), recipe=name)
+
+    def add_mixture(self):
+        """The flags of `mixture` and `unmix`, with the defaults of the official code."""
+        add = self.add_argument
+        add("--mixture", choices=["none", "global", "region", "both", "unmix"], default="none",
+            help="of images. global, region, both: blends or squares of other images in some of the views, the loss as it is (2020). unmix: a blend or "
+            "squares of the batch with itself in reverse, besides the views, the loss weighed by the shares (2022)")
+        add("--mix-alpha", type=positive, default=1.0, help="shares are drawn from Beta(alpha, alpha), in blends and in unmix")
+        add("--mix-beta", type=positive, default=1.0, help="the same of squares")
+        add("--mix-count", type=count, default=2, help="how often an image may be blended, and how often given a square")
+        add("--mix-probability", type=share, default=0.1, help="of each of these")
+        add("--mix-decay", type=share, default=1.0, help="of the pixels of an image before its first square")
+        add("--unmix-global", type=share, default=0.5, help="probability that unmix blends; otherwise squares")
 
     def parse(self):
         self.set_defaults(**self.recipe)

@@ -105,11 +105,10 @@ assert torch.equal(holder.memory, whole_bank.memory) and torch.allclose(holder.n
 """)
 
 
-@pytest.mark.parametrize("view", ["lab", "ycbcr"])
-def test_order_of_a_step_and_what_evaluation_reads(tmp_path, monkeypatch, capsys, view):
+def test_order_of_a_step_and_what_evaluation_reads(tmp_path, monkeypatch):
     """The banks are scored before they move, Z is that of the first batch, and evaluate.py builds the very encoder."""
     calls = watch(monkeypatch, (cmc.CMC, "scores"), (cmc.CMC, "estimate_normalizer"), (cmc, "nce"), (cmc.CMC, "remember"))
-    train(cmc, *TINY, *NCE, "--view", view, "--epochs", 1, "--output", tmp_path)
+    train(cmc, *TINY, *NCE, "--view", "lab", "--epochs", 1, "--output", tmp_path)
     assert [name for name, _, _ in calls] == ["scores", "estimate_normalizer", "nce", "nce", "remember"] + ["scores", "nce", "nce", "remember"] * 9
     saved, first = torch.load(tmp_path / "checkpoint.pt"), calls[0][2]
     expected = [5000 * (s / 0.2).exp().mean().item() for s in first]
@@ -117,12 +116,26 @@ def test_order_of_a_step_and_what_evaluation_reads(tmp_path, monkeypatch, capsys
     model = calls[0][1][0]
     encoder, dim, _ = evaluate.load_encoder(evaluate.parse_args(["knn", str(tmp_path / "checkpoint.pt")]), torch.device("cpu"))
     x = torch.rand(2, 3, 8, 8)
-    assert dim == 64 and torch.equal(encoder(x), model.encoder.eval()(x)) and encoder.view == view
+    assert dim == 64 and torch.equal(encoder(x), model.encoder.eval()(x)) and encoder.view == "lab"
+
+
+def test_unmix_weighs_two_right_rows_by_their_shares(tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (cmc.CMC, "forward"), (cmc.common, "unmix"), (cmc.CMC, "scores"), (cmc, "instance_softmax"), (cmc.CMC, "remember"),
+                  (cmc.common.Run, "log"))
+    train(cmc, *TINY, "--mixture", "unmix", "--epochs", 1, "--output", tmp_path)
+    assert [name for name, _, _ in calls[:14]] == ["forward", "unmix", "forward"] + ["scores", "instance_softmax", "instance_softmax"] * 3 + ["remember", "log"]
+    z, (mixed, share), z_mixed = (result for _, _, result in calls[:3])
+    assert torch.equal(calls[2][1][1], mixed) and calls[12][1][1] is z         # the banks get whole images
+    for (_, (_, scored, _, _), _), expected in zip(calls[3:12:3], (z, z_mixed, [half.flip(0) for half in z_mixed])):
+        assert all(torch.equal(a, b) for a, b in zip(scored, expected))
+    losses = [loss.item() for name, _, loss in calls[:12] if name == "instance_softmax"]
+    expected = sum(weight * sum(losses[i:i + 2]) for weight, i in ((1, 0), (share, 2), (1 - share, 4)))
+    assert calls[13][1][1].item() == pytest.approx(expected, rel=1e-5) and len(calls[13][1][4]) == 2
 
 
 def test_rate_falls_in_steps(tmp_path):
-    train(cmc, *TINY, "--schedule", "steps", "--warmup-epochs", 0, "--lr", 0.01, "--log-every", 1, "--knn-every", 0, "--output", tmp_path)
-    assert logged(tmp_path, "lr") == pytest.approx([0.01 * 500 / 256 * fall for fall in [1] * 15 + [0.1] * 5 + [0.01] * 5 + [0.001] * 5])
+    train(cmc, *TINY, "--schedule", "steps", "--warmup-epochs", 0, "--lr", 0.01, "--batch-size", 832, "--epochs", 1, "--log-every", 1, "--output", tmp_path)
+    assert logged(tmp_path, "lr") == pytest.approx([0.01 * 832 / 256 * fall for fall in (1, 1, 1, 0.1, 0.01, 0.001)])
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
