@@ -761,8 +761,8 @@ def mixture(views, kind, alpha=1.0, beta=1.0, count=2, probability=0.1, decay=1.
         for i in range(count if others else 0):
             chosen = (torch.rand(n) < probability).nonzero()[:, 0]
             other = (chosen + torch.randint(1, max(n, 2), chosen.shape)) % n
-            share = torch.distributions.Beta(concentration, concentration).sample(chosen.shape)
-            centre = torch.rand(len(chosen), 2)
+            share = torch.distributions.Beta(concentration, concentration).sample((n,))[chosen]
+            centre = torch.rand(n, 2)[chosen]
             for x, y in zip(views, others):
                 here, there = x[chosen.to(x.device)], y[other.to(x.device)]
                 if level == "global":
