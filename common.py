@@ -756,6 +756,51 @@ def autoaugment_primitives(x, count=2):
     return x
 
 
+def mixture(views, kind, alpha=1.0, beta=1.0, count=2, probability=0.1, decay=1.0):
+    """Image mixture of 2020 (Shen et al., the CMC repository with `--IM`): images of a batch are mixed with others of it; the loss stays as it is.
+
+    views: a list of (N, C, S, S), of any sizes; all views of an image are mixed alike, with the same views of the same other image. `kind` "global": up
+    to `count` times, each with `probability`, x <- s x + (1 - s) x' with s from Beta(alpha, alpha). "region": likewise a square of the area 1 - s of x',
+    s from Beta(beta, beta), centred anywhere and clipped at the border, takes its place in x, which in the first round is multiplied by `decay` before.
+    "both": the one, then the other. Any other kind: nothing. In place.
+    """
+    n = len(views[0])
+    for level, concentration in (("global", alpha), ("region", beta)):
+        others = [x.clone() for x in views] if kind in (level, "both") else []
+        for i in range(count if others else 0):
+            chosen = (torch.rand(n) < probability).nonzero()[:, 0]
+            other = (chosen + torch.randint(1, max(n, 2), chosen.shape)) % n
+            share = torch.distributions.Beta(concentration, concentration).sample((n,))[chosen]
+            centre = torch.rand(n, 2)[chosen]
+            for x, y in zip(views, others):
+                here, there = x[chosen.to(x.device)], y[other.to(x.device)]
+                if level == "global":
+                    mixed = there.lerp(here, share[:, None, None, None].to(x.device))
+                else:
+                    mixed = torch.where(_squares(1 - share, centre, x.shape[2]).to(x.device), there, here * decay if i == 0 else here)
+                x.index_copy_(0, chosen.to(x.device), mixed)
+
+
+def unmix(x, global_share=0.5, alpha=1.0):
+    """Un-Mix (Shen et al. 2022): a batch (N, C, S, S) mixed with itself in reverse order, all images alike: (mixed, share).
+
+    mixed[i] holds `share` of image i, a number, and mixed.flip(0)[i] the rest. The share is from Beta(alpha, alpha); with probability `global_share` the
+    images are blended, otherwise a square of the other takes its place in each, and the share is what that really leaves.
+    """
+    share, centre = torch.distributions.Beta(alpha, alpha).sample((1,)), torch.rand(1, 2)
+    if torch.rand(()) < global_share:
+        return x.flip(0).lerp(x, share.item()), share.item()
+    square = _squares(1 - share, centre, x.shape[2])
+    return torch.where(square.to(x.device), x.flip(0), x), 1 - square.float().mean().item()
+
+
+def _squares(area, centre, size):
+    """(M,) shares of the image, (M, 2) in 0..1 -> (M, 1, size, size) booleans, True in squares of those areas, clipped at the border."""
+    pixel = (torch.arange(size) + 0.5) / size
+    near = (pixel - centre[:, :, None]).abs() < area.sqrt()[:, None, None] / 2             # (M, 2, size)
+    return (near[:, 0, :, None] & near[:, 1, None, :])[:, None]
+
+
 def normalize(x, mean, std):
     """(x - mean) / std a channel; mean and std are triples. In place as well."""
     return x.sub_(torch.tensor(mean, device=x.device)[:, None, None]).div_(torch.tensor(std, device=x.device)[:, None, None])
@@ -851,16 +896,16 @@ class PreBottleneck(nn.Module):
 class ResNet(nn.Module):
     """He et al. 2015, and 2016 for version 2. Use `resnet` to build one. `.dim` is the width of the output; parameter names are torchvision's."""
 
-    def __init__(self, depth, multiplier, norm, stem, stages, version):
+    def __init__(self, depth, multiplier, norm, stem, stages, version, in_channels, stem_width):
         super().__init__()
         blocks_of = {(False, 1): BasicBlock, (True, 1): Bottleneck, (False, 2): PreBasicBlock, (True, 2): PreBottleneck}
         block, make_norm = blocks_of[depth >= 50, version], NORMS[norm]
         widths = [max(1, round(64 * multiplier * 2 ** i)) for i in range(stages)]
-        channels = widths[0]
+        channels = stem_width or widths[0]
         if stem == "small":
-            self.conv1, self.maxpool = nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.Identity()
+            self.conv1, self.maxpool = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False), nn.Identity()
         else:
-            self.conv1, self.maxpool = nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
+            self.conv1, self.maxpool = nn.Conv2d(in_channels, channels, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
         self.bn1 = make_norm(channels) if version == 1 else None
         for i, (width, blocks) in enumerate(zip(widths, DEPTHS[depth])):
             layer, out = [], width * block.expansion
@@ -897,14 +942,14 @@ def parse_arch(arch):
     return int(match[1]), float(match[2] or 1)
 
 
-def resnet(arch, norm="batch", stem="imagenet", zero_init=False, stages=None, version=None):
+def resnet(arch, norm="batch", stem="imagenet", zero_init=False, stages=None, version=None, in_channels=3, stem_width=None):
     """Build a ResNet: `arch` is resnet10, 18, 34, 50, 101, 152 or 200, with a width multiplier or fraction: resnet50x2, resnet18x0.25; or CPC's
     resnet161, whose third stage of 46 wide blocks is the last.
 
     `norm` "layer" normalises each image over (C, H, W) and shares no statistics; `stem` "small" is 3x3 without max-pooling, for 32-96
     pixel images. `stages` leaves out those after it. `version` 2 puts norm and ReLU before the convolutions, as in resnet161. `zero_init` starts
-    every residual branch of version 1 at zero (last norm's scale). The result has `.dim`, `.maps(x)` and `.config`, the keyword arguments that
-    build it again. Raises ValueError for anything else.
+    every residual branch of version 1 at zero (last norm's scale). `in_channels` and `stem_width` are what the stem takes and gives. The result has `.dim`,
+    `.maps(x)` and `.config`, the keyword arguments that build it again. Raises ValueError for anything else.
     """
     depth, multiplier = parse_arch(arch)
     stages = stages or len(DEPTHS[depth])
@@ -913,8 +958,8 @@ def resnet(arch, norm="batch", stem="imagenet", zero_init=False, stages=None, ve
                                ("version", version, (2,) if depth == 161 else (1, 2))):
         if value not in known:
             raise ValueError(f"{name} {value!r} is not one of {', '.join(map(str, known))}")
-    model = ResNet(depth, multiplier, norm, stem, stages, version)
-    model.config = dict(arch=arch, norm=norm, stem=stem, stages=stages, version=version)
+    model = ResNet(depth, multiplier, norm, stem, stages, version, in_channels, stem_width)
+    model.config = dict(arch=arch, norm=norm, stem=stem, stages=stages, version=version, in_channels=in_channels, stem_width=stem_width)
     if zero_init:
         for block in model.modules():
             if isinstance(block, (BasicBlock, Bottleneck)):
@@ -1162,6 +1207,19 @@ class Parser(LineParser):
         known = early.parse_known_args(self.argv)[0]
         name = known.recipe or ("shapes" if known.data == "shapes" else "small" if known.data in DATA else "imagenet")
         self.recipe = dict(recipes.get(name, {}), recipe=name)
+
+    def add_mixture(self):
+        """The flags of `mixture` and `unmix`, with the defaults of the official code."""
+        add = self.add_argument
+        add("--mixture", choices=["none", "global", "region", "both", "unmix"], default="none",
+            help="of images. global, region, both: blends or squares of other images in some of the views, the loss as it is (2020). unmix: a blend or "
+            "squares of the batch with itself in reverse, besides the views, the loss weighed by the shares (2022)")
+        add("--mix-alpha", type=positive, default=1.0, help="shares are drawn from Beta(alpha, alpha), in blends and in unmix")
+        add("--mix-beta", type=positive, default=1.0, help="the same of squares")
+        add("--mix-count", type=count, default=2, help="how often an image may be blended, and how often given a square")
+        add("--mix-probability", type=share, default=0.1, help="of each of these")
+        add("--mix-decay", type=share, default=1.0, help="of the pixels of an image before its first square")
+        add("--unmix-global", type=share, default=0.5, help="probability that unmix blends; otherwise squares")
 
     def parse(self):
         self.set_defaults(**self.recipe)

@@ -42,6 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection import FasterRCNN, faster_rcnn
 from torchvision.models.detection.rpn import AnchorGenerator
 
+import cmc
 import common
 import cpc_v2
 
@@ -103,7 +104,7 @@ def read_checkpoint(path):
     config, encoder, used = describe(path, state, prefix)
     if project == "CMC":
         _, encoder_ab, used_ab = describe(path, state, "encoder.ab_to_l.")
-        encoder = {**{f"l.{k}": v for k, v in encoder.items()}, **{f"ab.{k}": v for k, v in encoder_ab.items()}}
+        encoder = {**{f"light.{k}": v for k, v in encoder.items()}, **{f"color.{k}": v for k, v in encoder_ab.items()}}
         used |= used_ab
     elif project == "solo-learn" and config["stem"] == "small":
         config["padding"] = 2                                   # its 3x3 stem makes 34 pixels of 32
@@ -140,45 +141,17 @@ def describe(path, state, prefix):
     stem, width = encoder["conv1.weight"], len(encoder["layer1.0.conv1.weight"])
     config = dict(arch=f"resnet{depth[0]}" + ("" if width == 64 else f"x{width / 64:g}"), norm="batch" if "bn1.running_mean" in encoder else "layer",
                   stem="imagenet" if stem.shape[-1] == 7 else "small")
-    return config if stem.shape[1] == 3 else dict(config, lab=len(stem)), encoder, used
+    return config if stem.shape[1] == 3 else dict(config, view="lab", stem_width=len(stem)), encoder, used
 
 
-def build(arch, norm, stem, padding=1, lab=None, **rest):
-    """`common.resnet`, with what other projects' stems have: `padding` of the small one; `lab` channels in the stems of CMC's pair."""
-    if lab:
-        return Lab(arch, norm, stem, lab)
+def build(arch, norm, stem, padding=1, view=None, **rest):
+    """`common.resnet`, with the `padding` that other projects' small stems have; with a `view` CMC's two halves."""
+    if view:
+        return cmc.Halves(arch, stem, view, norm=norm, **rest)
     encoder = common.resnet(arch, norm=norm, stem=stem, **rest)
     if stem == "small":
         encoder.conv1.padding = (padding, padding)
     return encoder
-
-
-class Lab(nn.Module):
-    """CMC's two networks, on the lightness and on the two colour channels of L*a*b*; h is both side by side. Takes RGB in 0..1."""
-
-    def __init__(self, arch, norm, stem, stem_width):
-        super().__init__()
-        for name, channels in (("l", 1), ("ab", 2)):
-            net = common.resnet(arch, norm=norm, stem=stem)
-            block = net.layer1[0]
-            net.conv1 = nn.Conv2d(channels, stem_width, net.conv1.kernel_size, net.conv1.stride, net.conv1.padding, bias=False)
-            net.bn1 = common.NORMS[norm](stem_width)
-            net.layer1[0] = type(block)(stem_width, len(block.conv1.weight), 1, common.NORMS[norm])
-            setattr(self, name, net)
-        self.dim = 2 * net.dim
-
-    def maps(self, x):
-        x = torch.where(x > 0.04045, ((x + 0.055) / 1.055).clamp(min=0) ** 2.4, x / 12.92)                       # sRGB -> linear light
-        xyz = torch.einsum("ij,njhw->nihw", torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
-                                                          [0.019334, 0.119193, 0.950227]], device=x.device), x)
-        xyz = xyz / torch.tensor([0.95047, 1.0, 1.08883], device=x.device)[:, None, None]                        # the white of D65
-        f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
-        l, a, b = 116 * f[:, 1:2] - 16, 500 * (f[:, :1] - f[:, 1:2]), 200 * (f[:, 1:2] - f[:, 2:])
-        ab = torch.cat([(a - 6.025) / 92.208, (b + 6.6895) / 101.1675], 1)                                       # the official code's ranges
-        return torch.cat([self.l.maps((l - 50) / 50), self.ab.maps(ab)], 1)
-
-    def forward(self, x):
-        return self.maps(x).mean((2, 3))
 
 
 def load_encoder(args, device):

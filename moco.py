@@ -22,6 +22,10 @@ In a single process there is but one batch; --bn-splits makes BatchNorm see it i
 
 Start value ln(K + 1) = 11.09 for K = 65536, once the queue is full of keys.
 
+Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows the network images with others blended
+or pasted into them, the same in both views, and leaves the loss alone. `--mixture unmix`, Un-Mix of 2022, adds a query of the batch mixed with itself in
+reverse order, m = lambda x_q + (1 - lambda) reversed x_q or with a square of it, and the loss  lambda L(m, k) + (1 - lambda) L(reversed m, k).
+
 Published: ImageNet, ResNet-50, 200 epochs: linear probe 60.6 % (v1), 67.5 % (v2), 71.1 % after 800 (v2).
 Ours: embedded shapes, `python moco.py` with seeds 0, 1, 2, 2026-11-21: kNN 75.4, 72.3, 75.5 % (untrained 21.9, 23.6, 28.2 %,
 pixels 37.0 %). ImageNet and CIFAR-10: not run yet.
@@ -108,8 +112,10 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))               # where the oldest keys are
 
-    def forward(self, x_q, x_k):
+    def forward(self, x_q, x_k=None):
         q = F.normalize(self.projector(self.encoder(x_q)).float(), dim=1)                # (N, d)
+        if x_k is None:
+            return q
         with torch.no_grad():
             x_k, order = shuffle(x_k)
             k = F.normalize(self.key_projector(self.key_encoder(x_k)).float(), dim=1)
@@ -240,21 +246,32 @@ def train(args, device):
             group["lr"] = lr
 
         x1, x2 = augment(x1, args.version, args.color_strength, args.blur), augment(x2, args.version, args.color_strength, args.blur)
+        views = [x1, x2]
+        common.mixture(views, args.mixture, args.mix_alpha, args.mix_beta, args.mix_count, args.mix_probability, args.mix_decay)
         model.update_keys_network(args.ema_momentum)                         # before the keys are made
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             q, k, keys = network(x1, x2)                                     # (N, d), (N, d), (NW, d)
-        loss = info_nce(q, k, model.queue.clone(), args.temperature)
+        queue, positives = model.queue.clone(), [k]
+        loss = info_nce(q, k, queue, args.temperature)
         if args.symmetric:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 q2, k2, keys2 = network(x2, x1)
-            loss = loss + info_nce(q2, k2, model.queue.clone(), args.temperature)
+            loss = loss + info_nce(q2, k2, queue, args.temperature)
             keys = torch.cat([keys, keys2])
+            positives.append(k2)
+        if args.mixture == "unmix":                                          # one query more, with two right keys; the keys are of whole images
+            mixed, share = common.unmix(x1, args.unmix_global, args.mix_alpha)
+            views.append(mixed)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                q_mixed = network(mixed)                                     # (N, d)
+            for k in positives:
+                loss = loss + share * info_nce(q_mixed, k, queue, args.temperature) + (1 - share) * info_nce(q_mixed.flip(0), k, queue, args.temperature)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.enqueue(keys)                                                  # after they were scored
-        run.log(loss, lr, q, [x1, x2])
+        run.log(loss, lr, q, views)
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -277,6 +294,7 @@ def parse_args(argv=None):
                         help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1), in version 1 (0.4, 0.4, 0.4, 0.4)")
     parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur, in version 2")
     parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
+    parser.add_mixture()
     return parser.parse()
 
 

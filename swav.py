@@ -20,6 +20,11 @@ Notation. N images in the batch of one process, W processes.
 Start value ln K = 8.006 for 3000 prototypes. A loss that stays there is a collapse (all images have the same code), and the log says so: a smaller
 --epsilon (0.03) or a longer --freeze-epochs helps.
 
+Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows the network images with others blended
+or pasted into them, the same in all crops, and leaves the loss alone. `--mixture unmix`, Un-Mix of 2022, adds a view of the batch mixed with itself in
+reverse order, m = lambda x_1 + (1 - lambda) reversed x_1 or with a square of it; with m in place of x_1, code and prediction, the loss gets
+lambda L(m, x_2 ...) + (1 - lambda) L(reversed m, x_2 ...). The official code mixes every second crop, small ones too, and reverses m's code alone.
+
 Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96, batch 4096: linear probe 72.1 / 73.9 / 74.6 / 75.3 % after 100 / 200 / 400 / 800 epochs
 (official README).
 Ours: embedded shapes, `python swav.py`, 2026-11-21: kNN 53.5 % (untrained 21.9 %, pixels 37.0 %). ImageNet and CIFAR-10: not run yet.
@@ -192,7 +197,8 @@ def train(args, device):
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)                        # LARC takes care of the decay
-    run = common.Run("swav", args, model, optimizer, batches, MEAN, STD, collapsed_loss=math.log(args.num_prototypes))
+    collapsed_loss = math.log(args.num_prototypes) * (2 if args.mixture == "unmix" else 1)
+    run = common.Run("swav", args, model, optimizer, batches, MEAN, STD, collapsed_loss=collapsed_loss)
 
     network = model
     if common.world_size() > 1:
@@ -216,12 +222,23 @@ def train(args, device):
             group["lr"] = lr
 
         views = [augment(x, args.color_strength, args.blur) for x in views]
+        common.mixture(views, args.mixture, args.mix_alpha, args.mix_beta, args.mix_count, args.mix_probability, args.mix_decay)
+        if args.mixture == "unmix":
+            mixed, share = common.unmix(views[0], args.unmix_global, args.mix_alpha)
+            views.insert(2, mixed)
         model.normalize_prototypes()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z, scores = network(views)                                       # V of (N, d), V of (N, K)
         use_queue = queue_size > 0 and step >= args.queue_start * len(batches)
         codes = [model.codes(z[i], scores[i], i, use_queue, args.epsilon, args.iterations) for i in (0, 1)]
-        loss = swapped_prediction(scores, codes, args.temperature)
+        if args.mixture == "unmix":                                          # the mixture in place of view 1, in both orders
+            first, second, mixed, *small = scores
+            q = sinkhorn(mixed.detach(), args.epsilon, args.iterations)
+            loss = (swapped_prediction([first, second, *small], codes, args.temperature)
+                    + share * swapped_prediction([mixed, second, *small], [q, codes[1]], args.temperature)
+                    + (1 - share) * swapped_prediction([mixed.flip(0), second, *small], [q.flip(0), codes[1]], args.temperature))
+        else:
+            loss = swapped_prediction(scores, codes, args.temperature)
 
         optimizer.zero_grad()
         loss.backward()
@@ -256,6 +273,7 @@ def parse_args(argv=None):
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.8, 0.8, 0.8, 0.2)")
     parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur")
     parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a large crop has")
+    parser.add_mixture()
     return parser.parse()
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import simclr                                                   # whose augmentation (a) measures
 
-SCRIPTS = ["simclr", "moco", "byol", "simsiam", "swav", "cpc_v2"]
+SCRIPTS = ["simclr", "moco", "byol", "simsiam", "swav", "cpc_v2", "insdis", "cmc"]
 POLICIES = {"strength 0.5": (0.5, 0.0), "strength 1, blur": (1.0, 0.5)}
 
 
@@ -151,12 +151,13 @@ class Bare:
     """In place of `common.Run`: one fixed batch again and again, no books."""
 
     def __init__(self, method, args, model, optimizer, batches, *_, **__):
-        self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in batches[0][0]]
+        crops, self.indices, _ = batches[0]
+        self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in crops]
         self.total = args.epochs * len(batches)
 
     def __iter__(self):
         for step in range(self.total):
-            yield step, self.crops, None
+            yield step, self.crops, self.indices
             note(self, step, self.total)
 
     def log(self, *_):
@@ -196,7 +197,8 @@ def step(rounds, script):
         common.Run, common.load_data, common.has_labels, script.augment = kept
     ratio = statistics.median(a / b for a, b in zip(times[Timed], times[Bare]))
     what = f"(c) step of {script.__name__}, ResNet-18, {device.type} {args.precision}: whole / bare"
-    rates = ((49 if patchwise else 2) * batch / statistics.median(times[kind]) for kind in (Timed, Bare))
+    per_image = 49 if patchwise else 1 if script.__name__ in ("insdis", "cmc") else 2
+    rates = (per_image * batch / statistics.median(times[kind]) for kind in (Timed, Bare))
     unit, goal = ("patches/s", 1.15) if patchwise else ("views/s", 1.15 if gpu else 1.05)
     print(f"{what:62} {next(rates):9.0f} {next(rates):9.0f} {unit:9} {ratio:7.3f}     at most {goal}", flush=True)
 

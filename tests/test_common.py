@@ -358,6 +358,70 @@ def test_operations_work_in_place_and_depend_on_the_seed_only(operation):
     assert torch.equal(operation(x.clone(), p=0.0), x)
 
 
+# ---------------------------------------------------------------- image mixture
+
+def mixed_views(kind, n=400, **settings):
+    """Two views of n flat images, image i of the value i in the one and i + n in the other, mixed."""
+    common.seed_all(3)
+    views = [torch.arange(n).float()[:, None, None, None].expand(n, 3, size, size) + offset for size, offset in ((16, 0), (8, n))]
+    common.mixture(views, kind, **settings)
+    return [views[0], views[1] - n]
+
+
+def test_blends_have_one_partner_and_share_for_all_views():
+    x1, x2 = mixed_views("global", count=1, probability=0.3, alpha=2.0)
+    assert (x1 == x1[:, :1, :1, :1]).all() and torch.allclose(x1[:, 0, 0, 0], x2[:, 0, 0, 0], atol=1e-3)
+    moved = x1[:, 0, 0, 0] - torch.arange(400)
+    assert 90 <= (moved != 0).sum() <= 150 and moved.abs().max() < 400        # 120 expected, standard deviation 9
+    x1, _ = mixed_views("global", n=2, count=1, probability=1.0)               # one image alone to be blended with: the weights show
+    assert 0 < x1[0, 0, 0, 0] < 1 and 0 < x1[1, 0, 0, 0] < 1
+    assert ((mixed_views("global")[0][:, 0, 0, 0] - torch.arange(400)) != 0).sum().item() == pytest.approx(400 * (1 - 0.9 ** 2), abs=30)
+
+
+def test_squares_show_one_other_image_in_its_place():
+    x1, x2 = mixed_views("region", count=1, probability=1.0)
+    index, shares = torch.arange(400.0)[:, None, None], []
+    for x in (x1[:, 0], x2[:, 0]):
+        inside = x != index
+        rows, columns = inside.any(2), inside.any(1)
+        assert torch.equal(inside, rows[:, :, None] & columns[:, None])        # a rectangle, clipped or not
+        other = [x[i][inside[i]].unique() for i in range(400)]
+        assert all(len(v) <= 1 for v in other)
+        shares.append(inside.float().mean((1, 2)))
+    assert (shares[0] - shares[1]).abs().mean() < 0.06                         # the same square at another size
+    assert shares[0].mean().item() == pytest.approx(0.321, abs=0.04)           # of a side s, s^2 uniform, clipping leaves s - s^2 / 4
+    dark = mixed_views("region", count=2, probability=1.0, decay=0.0)[0][:, 0]
+    assert ((dark == 0).flatten(1).any(1)[1:]).float().mean() > 0.9            # what no square covers
+    assert torch.equal(mixed_views("none")[0], mixed_views("unmix", probability=1.0)[0])
+    both, blends = (mixed_views(kind, count=1, probability=1.0)[0][:, 0] for kind in ("both", "global"))
+    assert (both == both[:, :1, :1]).all((1, 2)).float().mean() < 0.2 and (blends == blends[:, :1, :1]).all()
+
+
+def test_mixture_is_a_function_of_the_seed():
+    assert all(torch.equal(a, b) for a, b in zip(mixed_views("both"), mixed_views("both")))
+    one = [torch.ones(1, 3, 4, 4)]
+    common.mixture(one, "both", probability=1.0)                               # with nobody else: itself
+    assert torch.allclose(one[0], torch.ones(1))
+
+
+@pytest.mark.parametrize("global_share", [0.0, 1.0])
+@pytest.mark.parametrize("n", [6, 5])
+def test_unmix_says_what_share_of_each_image_is_left(global_share, n):
+    x = torch.randn(n, 3, 16, 16)
+    for seed in range(5):
+        common.seed_all(seed)
+        mixed, share = common.unmix(x, global_share)
+        assert 0 <= share <= 1 and mixed is not x
+        if global_share:
+            assert torch.allclose(mixed, share * x + (1 - share) * x.flip(0), atol=1e-6)
+        else:
+            own = (mixed == x) & (x != x.flip(0))
+            assert ((mixed == x) | (mixed == x.flip(0))).all()
+            assert own[0].float().mean().item() == pytest.approx(share, abs=1e-6)
+    kinds = [torch.equal(m, x.flip(0).lerp(x, s)) for m, s in (common.unmix(x, 0.5) for _ in range(100))]
+    assert 30 <= sum(kinds) <= 70
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_views_on_a_gpu_are_those_of_the_cpu():
     import simclr

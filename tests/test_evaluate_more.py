@@ -145,8 +145,7 @@ def test_cmc(tmp_path, capsys):
     encoder, dim, saved = evaluate.load_encoder(evaluate.parse_args(["knn", str(tmp_path / "cmc.pth")]), torch.device("cpu"))
     assert saved["method"] == "CMC" and dim == 512 and encoder(torch.rand(2, 3, 64, 64)).shape == (2, 512) and "encoder.l_to_ab.fc (2)" in capsys.readouterr().err
     seen = {}
-    encoder.l.register_forward_pre_hook(lambda m, x: None)
-    encoder.l.maps, encoder.ab.maps = (lambda x: seen.update(l=x) or x), (lambda x: seen.update(ab=x) or x)
+    encoder.light.maps, encoder.color.maps = (lambda x: seen.update(l=x) or x), (lambda x: seen.update(ab=x) or x)
     colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0.5, 0.5, 0.5]]).view(-1, 3, 1, 1)
     encoder.maps(colours)
     lab = torch.cat([seen["l"] * 50 + 50, seen["ab"][:, :1] * 92.208 + 6.025, seen["ab"][:, 1:] * 101.1675 - 6.6895], 1).flatten(1)

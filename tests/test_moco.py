@@ -135,6 +135,34 @@ def test_order_of_a_step(tmp_path, monkeypatch):
     assert torch.equal(calls[6][1][2][:500], keys)             # the next query sees them
 
 
+@pytest.mark.parametrize("symmetric", [[], ["--symmetric"]])
+def test_unmix_weighs_two_right_keys_by_their_shares(tmp_path, monkeypatch, symmetric):
+    calls = watch(monkeypatch, (moco.MoCo, "forward"), (moco.common, "unmix"), (moco, "info_nce"), (moco.MoCo, "enqueue"), (moco.common.Run, "log"))
+    train(moco, *TINY, "--mixture", "unmix", *symmetric, "--epochs", 1, "--output", tmp_path)
+    step = calls[:next(i for i, (name, _, _) in enumerate(calls) if name == "log") + 1]
+    results = {name: [(args, result) for other, args, result in step if other == name] for name, _, _ in step}
+    q, k, keys = results["forward"][0][1]
+    (args, (mixed, share)), = results["unmix"]
+    q_mixed = results["forward"][-1][1]
+    assert torch.equal(results["forward"][-1][0][1], mixed) and q_mixed.shape == q.shape
+    right = [k, results["forward"][1][1][1]] if symmetric else [k]
+    queue = results["info_nce"][0][0][2]
+    expected = sum(float(loss) for _, loss in results["info_nce"][:len(right)])
+    for key in right:
+        expected += share * moco.info_nce(q_mixed, key, queue, 0.2).item() + (1 - share) * moco.info_nce(q_mixed.flip(0), key, queue, 0.2).item()
+    (_, loss, _, _, views), _ = results["log"][0]
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and len(views) == 3
+    assert len(results["enqueue"][0][0][1]) == 500 * len(right)                # the mixture never enters the queue
+
+
+def test_mixture_of_2020_changes_pixels_only(tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (moco.MoCo, "forward"), (moco.common, "mixture"), (moco, "info_nce"))
+    train(moco, *TINY, "--mixture", "both", "--mix-probability", 1, "--epochs", 1, "--output", tmp_path)
+    assert [name for name, _, _ in calls] == ["mixture", "forward", "info_nce"] * 10 and (tmp_path / "views.png").exists()
+    (_, (views, kind, *_), _), (_, (_, x1, x2), _) = calls[:2]
+    assert kind == "both" and views[0] is x1 and views[1] is x2
+
+
 def test_version_1_has_its_own_schedule_and_augmentation(tmp_path, monkeypatch):
     operations = watch(monkeypatch, *((moco.common, name) for name in ("grayscale", "color_jitter", "gaussian_blur", "normalize")))
     train(moco, *TINY, "--version", 1, "--lr", 0.01, "--log-every", 1, "--knn-every", 0, "--output", tmp_path)

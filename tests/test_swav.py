@@ -129,6 +129,21 @@ def test_prototypes_are_normalised_first_and_the_rate_ends_above_0(tmp_path, mon
     assert rates[-1] == pytest.approx(peak * (0.001 + 0.999 * (1 + math.cos(math.pi * 19 / 20)) / 2))
 
 
+def test_unmix_puts_the_mixture_in_the_place_of_view_1(tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (swav.common, "unmix"), (swav.SwAV, "forward"), (swav.SwAV, "codes"), (swav, "swapped_prediction"), (swav.common.Run, "log"))
+    train(swav, *TINY, "--mixture", "unmix", "--epochs", 1, "--output", tmp_path)
+    assert [name for name, _, _ in calls] == (["unmix", "forward", "codes", "codes"] + ["swapped_prediction"] * 3 + ["log"]) * 10
+    (x1, *_), (mixed, share) = calls[0][1:]
+    (_, views), (z, (first, second, of_mixed, *small)) = calls[1][1:]
+    assert torch.equal(views[0], x1) and torch.equal(views[2], mixed) and len(views) == 5 and torch.equal(calls[2][1][1], z[0])
+    q = swav.sinkhorn(of_mixed, 0.05, 3)
+    for (_, (scores, codes, _), _), (m, code) in zip(calls[4:7], ((first, calls[2][2]), (of_mixed, q), (of_mixed.flip(0), q.flip(0)))):
+        assert all(torch.allclose(a, b) for a, b in zip(scores, [m, second, *small])) and len(scores) == 4
+        assert torch.allclose(codes[0], code) and torch.equal(codes[1], calls[3][2])
+    losses = [loss.item() for _, _, loss in calls[4:7]]
+    assert calls[7][1][1].item() == pytest.approx(losses[0] + share * losses[1] + (1 - share) * losses[2], rel=1e-5)
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
     check_resuming(tmp_path, swav, *TINY, "--queue-size", 1000, "--queue-start", 0.5, *BOOKS, processes=processes)
