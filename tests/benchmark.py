@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import simclr                                                   # whose augmentation (a) measures
 
-SCRIPTS = ["simclr", "moco", "byol", "simsiam", "swav", "cpc_v2"]
+SCRIPTS = ["simclr", "moco", "byol", "simsiam", "swav", "cpc_v2", "supcon", "densecl", "deepcluster"]
 POLICIES = {"strength 0.5": (0.5, 0.0), "strength 1, blur": (1.0, 0.5)}
 
 
@@ -151,12 +151,13 @@ class Bare:
     """In place of `common.Run`: one fixed batch again and again, no books."""
 
     def __init__(self, method, args, model, optimizer, batches, *_, **__):
-        self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in batches[0][0]]
-        self.total = args.epochs * len(batches)
+        crops, self.indices, _ = batches[0]
+        self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in crops]
+        self.step, self.total = 0, args.epochs * len(batches)
 
     def __iter__(self):
         for step in range(self.total):
-            yield step, self.crops, None
+            yield step, self.crops, self.indices
             note(self, step, self.total)
 
     def log(self, *_):
@@ -180,7 +181,7 @@ def step(rounds, script):
     batch, steps = (512, 60) if gpu else (32, 8)
     batch //= 8 if patchwise else 1
     device = torch.device("cuda" if gpu else "cpu")
-    data = common.Images(np.random.default_rng(0).integers(0, 256, (batch * steps, 3, 32, 32), dtype=np.uint8), None, device)
+    data = common.Images(np.random.default_rng(0).integers(0, 256, (batch * steps, 3, 32, 32), dtype=np.uint8), np.arange(batch * steps) % 10, device)
     kept = common.Run, common.load_data, common.has_labels, script.augment
     times = {Timed: [], Bare: []}
     try:
@@ -188,7 +189,8 @@ def step(rounds, script):
         for i in range(rounds):
             for kind in (Timed, Bare):
                 with tempfile.TemporaryDirectory() as folder:
-                    args = script.parse_args(["--recipe", "small", "--batch-size", str(batch), "--epochs", "1", "--output", folder])
+                    flags = ["--recipe", "small", "--arch", "resnet18", "--batch-size", str(batch), "--epochs", "1", "--output", folder]
+                    args = script.parse_args(flags + (["--num-prototypes", "100"] if script.__name__ == "deepcluster" else []))
                     common.Run, script.augment = kind, kept[3] if kind is Timed else lambda x, *_: x
                     script.train(args, device)
                     times[kind].append(kind.seconds)
