@@ -71,11 +71,11 @@ SMALL = dict(IMAGENET,                               # our own, after swav.py's
 )
 SHAPES = dict(SMALL,                                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
-    epochs=22, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
-    min_scale=0.4, small_crops=4, small_size=16, small_scale=0.2,
+    epochs=16, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
+    min_scale=0.4, small_crops=2, small_size=16, small_scale=0.2,
     num_prototypes=30, hidden=256,
     color_strength=1.0,                              # one tint an image, which is what the jitter erases
-    knn_every=2,
+    knn_every=4,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 

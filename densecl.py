@@ -19,8 +19,8 @@ Notation. N images in the batch of one process, W processes, P = S x S places.
     lambda, m    dense_weight, ema_momentum
 
 Why shuffle: see moco.py. Start value ln(K + 1) = 11.09 for K = 65536, once the queues are full of keys. The log's `bound`, ln(K + 1) - loss, is the mean,
-weighted like the losses, of two bounds as in moco.py. That of the places means less: their positives are chosen for being similar, and the negatives
-are averages over places, which no positive is.
+weighted like the losses, of two of moco.py's. That of the places is none, strictly: their positives are chosen for being similar, and the negatives are
+averages over places, as no positive is.
 
 Published: ImageNet, ResNet-50, 200 epochs, then detection on PASCAL VOC 07+12: AP 58.7 (MoCo v2 57.0).
 Ours: not run yet.

@@ -20,7 +20,9 @@ Why shuffle: BatchNorm lets a network see which images share its batch. If a que
 those which key is the right one, and learns nothing. So the keys are shuffled over the processes before they are encoded, and back afterwards.
 In a single process there is but one batch; --bn-splits makes BatchNorm see it in parts, and the keys are shuffled over the parts.
 
-Start value ln(K + 1) = 11.09 for K = 65536, once the queue is full of keys.
+Start value ln(K + 1) = 11.09 for K = 65536, once the queue is full of keys. The log's `bound`, ln(K + 1) - loss, is a lower bound on the mutual
+information of query and key as in simclr.py, and cannot exceed ln(K + 1). But it holds only if the keys of the queue are distributed like k+: they
+come from older networks, and the faster these change the less it means; nothing before the queue is full of keys.
 
 Published: ImageNet, ResNet-50, 200 epochs: linear probe 60.6 % (v1), 67.5 % (v2), 71.1 % after 800 (v2).
 Ours: embedded shapes, `python moco.py` with seeds 0, 1, 2, 2026-11-21: kNN 75.4, 72.3, 75.5 % (untrained 21.9, 23.6, 28.2 %,
@@ -218,7 +220,8 @@ def train(args, device):
         optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(learned, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    run = common.Run("moco", args, model, optimizer, batches, MEAN, STD)
+    losses = 2 if args.symmetric else 1                                      # which are added
+    run = common.Run("moco", args, model, optimizer, batches, MEAN, STD, entries=lambda loss: dict(bound=math.log(args.queue_size + 1) - loss / losses))
 
     network = model
     if common.world_size() > 1:
