@@ -1281,15 +1281,17 @@ class Run:
     The folder `--output` gets checkpoint.pt, log.jsonl, curves.png and views.png. A checkpoint that is already there is gone on from, if it was made
     with the same settings. Every `--save-every` steps, at the end and on SIGTERM, SIGUSR1 or Ctrl-C the checkpoint is replaced; a loss that is not
     finite ends the run before that. `mean` and `std` are how the method normalises its images, for those who use the encoder later; a loss that
-    stays at `collapsed_loss` after the first epoch is called a collapse. `encoder` is the one that is kept and measured, where that is not `model.encoder`.
+    stays at `collapsed_loss` after the first epoch is called a collapse. `encoder` is the one that is kept and measured, where that is not `model.encoder`;
+    `entries(loss)`, of a log line's mean loss, gives what else that line has.
     Raises UserError for a folder, file or loss that is no good, Stopped after a signal.
     """
 
     FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}     # settings that may change when a run goes on
 
-    def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), collapsed_loss=None, encoder=None):
+    def __init__(self, method, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), collapsed_loss=None, encoder=None,
+                 entries=lambda loss: {}):
         self.method, self.args, self.model, self.optimizer, self.batches = method, args, model, optimizer, batches
-        self.collapsed_loss, self.encoder = collapsed_loss, model.encoder if encoder is None else encoder
+        self.collapsed_loss, self.encoder, self.entries = collapsed_loss, model.encoder if encoder is None else encoder, entries
         self.input = dict(size=args.size, mean=list(mean), std=list(std), interpolation=batches.crops[0].interpolation)
         self.device = next(model.parameters()).device
         self.total = args.epochs * len(batches)
@@ -1443,6 +1445,7 @@ class Run:
         rate = (self.step - self.clock_step) * self.args.batch_size / seconds
         line = dict(epoch=self.step // len(self.batches), step=self.step, loss=sum(self.losses) / len(self.losses), lr=self.lr,
                     images_per_second=round(rate, 1), waiting=round(self.waited / seconds, 4), z_std=self.z_std)
+        line.update(self.entries(line["loss"]))
         self.losses = []
         if self.collapsed_loss and self.step > len(self.batches) and abs(line["loss"] / self.collapsed_loss - 1) < 0.005:
             line["collapsed"] = True

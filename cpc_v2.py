@@ -15,7 +15,9 @@ Notation. N images in the batch of one process, R x C patches an image.
     p            predictions       (N, R - k, C, d)      for an offset k, from the context k rows above
     z'           targets           (N, R, C, d)          W z
 
-Start value ln(N R C) for each offset: 6.36 for the 16 images x 36 patches of one of the paper's workers. The loss falls from there.
+Start value ln(N R C) for each offset: 6.36 for the 16 images x 36 patches of one of the paper's workers. The loss falls from there. The log's `bound`,
+ln(N R C) - loss / number of offsets, is a lower bound on the mutual information of context and patch as in simclr.py, and cannot exceed ln(N R C).
+But it holds only if the other candidates know nothing of the context, and R C - 1 of them are of the same image: with few images it means little.
 
 Published: ImageNet, ResNet-161, 200 epochs: linear probe 71.5 % (table 1), ResNet-50 63.8 %; with 1 % of the labels 77.1 % top-5 on the fixed
 representation, 78.3 % fine-tuned (table 3).
@@ -41,7 +43,7 @@ Usage:
     python cpc_v2.py                                                              four minutes on two CPU cores
     torchrun --nproc_per_node=8 cpc_v2.py --data /path/to/imagenet                ResNet-161 on 8 GPUs; --checkpointing if memory is short
 """
-import copy, functools
+import copy, functools, math
 from typing import NamedTuple
 
 import torch
@@ -259,7 +261,9 @@ def train(args, device):
                 args.checkpointing).to(device, memory_format=torch.channels_last)
     learned = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=args.lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=args.weight_decay)
-    run = common.Run("cpc_v2", args, model, optimizer, batches, MEAN, STD, encoder=model.average)
+    candidates = args.batch_size // (1 if args.gather else common.world_size()) * rows ** 2
+    run = common.Run("cpc_v2", args, model, optimizer, batches, MEAN, STD, encoder=model.average,
+                     entries=lambda loss: dict(bound=math.log(candidates) - loss / len(args.offsets)))
 
     network = model
     if common.world_size() > 1:

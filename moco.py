@@ -20,7 +20,9 @@ Why shuffle: BatchNorm lets a network see which images share its batch. If a que
 those which key is the right one, and learns nothing. So the keys are shuffled over the processes before they are encoded, and back afterwards.
 In a single process there is but one batch; --bn-splits makes BatchNorm see it in parts, and the keys are shuffled over the parts.
 
-Start value ln(K + 1) = 11.09 for K = 65536, once the queue is full of keys.
+Start value ln(K + 1) = 11.09 for K = 65536, once the queue is full of keys. The log's `bound`, ln(K + 1) - loss, is a lower bound on the mutual
+information of query and key as in simclr.py, and cannot exceed ln(K + 1). But it holds only if the keys of the queue are distributed like k+: they
+come from older networks, and the faster these change the less it means; nothing before the queue is full of keys.
 
 Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows the network images with others blended
 or pasted into them, the same in both views, and leaves the loss alone. `--mixture unmix`, Un-Mix of 2022, adds a query of the batch mixed with itself in
@@ -224,7 +226,8 @@ def train(args, device):
         optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(learned, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    run = common.Run("moco", args, model, optimizer, batches, MEAN, STD)
+    losses = 2 if args.symmetric else 1                                      # which are added
+    run = common.Run("moco", args, model, optimizer, batches, MEAN, STD, entries=lambda loss: dict(bound=math.log(args.queue_size + 1) - loss / losses))
 
     network = model
     if common.world_size() > 1:

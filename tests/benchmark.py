@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import simclr                                                   # whose augmentation (a) measures
 
-SCRIPTS = ["simclr", "moco", "byol", "simsiam", "swav", "cpc_v2", "insdis", "cmc"]
+SCRIPTS = ["simclr", "moco", "byol", "simsiam", "swav", "cpc_v2", "insdis", "cmc", "deepcluster", "densecl", "supcon"]
 POLICIES = {"strength 0.5": (0.5, 0.0), "strength 1, blur": (1.0, 0.5)}
 
 
@@ -153,7 +153,7 @@ class Bare:
     def __init__(self, method, args, model, optimizer, batches, *_, **__):
         crops, self.indices, _ = batches[0]
         self.crops = [v.float() / 255 if v.dtype == torch.uint8 else v for v in crops]
-        self.total = args.epochs * len(batches)
+        self.step, self.total = 0, args.epochs * len(batches)
 
     def __iter__(self):
         for step in range(self.total):
@@ -181,7 +181,7 @@ def step(rounds, script):
     batch, steps = (512, 60) if gpu else (32, 8)
     batch //= 8 if patchwise else 1
     device = torch.device("cuda" if gpu else "cpu")
-    data = common.Images(np.random.default_rng(0).integers(0, 256, (batch * steps, 3, 32, 32), dtype=np.uint8), None, device)
+    data = common.Images(np.random.default_rng(0).integers(0, 256, (batch * steps, 3, 32, 32), dtype=np.uint8), np.arange(batch * steps) % 10, device)
     kept = common.Run, common.load_data, common.has_labels, script.augment
     times = {Timed: [], Bare: []}
     try:
@@ -189,7 +189,8 @@ def step(rounds, script):
         for i in range(rounds):
             for kind in (Timed, Bare):
                 with tempfile.TemporaryDirectory() as folder:
-                    args = script.parse_args(["--recipe", "small", "--batch-size", str(batch), "--epochs", "1", "--output", folder])
+                    flags = ["--recipe", "small", "--arch", "resnet18", "--batch-size", str(batch), "--epochs", "1", "--output", folder]
+                    args = script.parse_args(flags + (["--num-prototypes", "100"] if script.__name__ == "deepcluster" else []))
                     common.Run, script.augment = kind, kept[3] if kind is Timed else lambda x, *_: x
                     script.train(args, device)
                     times[kind].append(kind.seconds)

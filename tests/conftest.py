@@ -1,5 +1,5 @@
 """What the tests share: running a script as a person does, and the real images in $SSL_DATA."""
-import functools, json, os, random, re, signal, subprocess, sys, time
+import functools, json, math, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,12 @@ def watch(monkeypatch, *functions):
 
 def logged(folder, key):
     return [json.loads(line)[key] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def check_bound(folder, candidates, losses=1):
+    """The log's bound on mutual information is ln(candidates) minus the loss, which is a sum of so many losses."""
+    expected = [math.log(candidates) - loss / losses for loss in logged(folder, "loss")]
+    assert expected and logged(folder, "bound") == pytest.approx(expected, rel=1e-12)
 
 
 # A run of 30 steps that takes a second or two, for every method.

@@ -9,7 +9,7 @@ from torch import nn
 import common
 import cpc_v2
 import evaluate
-from conftest import BOOKS, check_resuming, check_two_processes, mistake, result_of, train
+from conftest import BOOKS, check_bound, check_resuming, check_two_processes, mistake, result_of, train
 
 TINY = ["--arch", "resnet10x0.125", "--resize", "13", "--size", "12", "--patch-size", "6", "--stride", "3", "--offsets", "1", "2", "--hidden", "8",
         "--layers", "2", "--dim", "8", "--batch-size", "200", "--epochs", "1", "--lr", "0.002"]  # 3 x 3 patches, 25 steps
@@ -261,6 +261,7 @@ def loss(network, mine):
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra, capsys):
     """All of it: weights, their average, Adam's moments."""
     check_resuming(tmp_path, cpc_v2, *TINY, *extra, *BOOKS, processes=processes)
+    check_bound(tmp_path / "whole", *((200 * 4, 1) if processes == 1 else (200 * 9, 2)))       # patches of all images, offsets
     if processes == 1:
         asked = ["linear", str(tmp_path / "whole" / "checkpoint.pt"), "--protocol", "cpc", "--epochs", "2", "--lr", "0.01", "--no-augment"]
         evaluate.linear(evaluate.parse_args(asked), torch.device("cpu"))

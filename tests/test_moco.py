@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moco
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train, watch
+from conftest import BOOKS, TINY, check_bound, check_resuming, check_two_processes, logged, mistake, train, watch
 
 TINY = [*TINY, "--queue-size", "2000", "--dim", "16", "--bn-splits", "2"]
 
@@ -133,6 +133,7 @@ def test_order_of_a_step(tmp_path, monkeypatch):
     (_, _, (_, _, keys)), (_, (_, _, queue, _), _), (_, (_, entered), _) = calls[1:4]
     assert torch.equal(entered, keys) and not (queue[:, None] == keys).all(2).any()
     assert torch.equal(calls[6][1][2][:500], keys)             # the next query sees them
+    check_bound(tmp_path, 2001)
 
 
 @pytest.mark.parametrize("symmetric", [[], ["--symmetric"]])
@@ -178,6 +179,7 @@ def test_version_1_has_its_own_schedule_and_augmentation(tmp_path, monkeypatch):
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
     check_resuming(tmp_path, moco, *TINY, "--symmetric", *BOOKS, processes=processes)
+    check_bound(tmp_path / "whole", 2001, losses=2)
 
 
 def test_misuse(tmp_path, capsys):

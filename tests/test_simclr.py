@@ -8,7 +8,7 @@ from torch import nn
 import common
 import evaluate
 import simclr
-from conftest import (BOOKS, TINY, assert_equal_runs, check_two_processes, command, environment, mistake, one_line, result_of, run, run_killed,
+from conftest import (BOOKS, TINY, assert_equal_runs, check_bound, check_two_processes, command, environment, mistake, one_line, result_of, run, run_killed,
                       run_restarted, train)
 
 TINY = [*TINY, "--warmup-epochs", "1", "--lr", "2"]
@@ -99,7 +99,8 @@ def test_run_leaves_its_books(finished, capsys):
     assert sorted(os.listdir(finished[1])) == ["checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
     assert [line["step"] for line in lines] == [4, 8, 12, 16, 20, 24, 28, 30] and [line["step"] for line in lines if "knn" in line] == [20, 30]
     full = [json.loads(line) for line in (finished[1] / "log.jsonl").read_text().splitlines()]
-    assert set(full[-1]) == {"epoch", "step", "loss", "lr", "images_per_second", "waiting", "z_std", "knn"}
+    assert set(full[-1]) == {"epoch", "step", "loss", "lr", "images_per_second", "waiting", "z_std", "bound", "knn"}
+    check_bound(finished[1], 999)
     assert lines[0]["loss"] == pytest.approx(math.log(999), abs=0.3) and lines[-1]["loss"] < lines[0]["loss"]
     assert lines[1]["lr"] == pytest.approx(2 * 500 / 256 * 8 / 10) and lines[-1]["lr"] == pytest.approx(2 * 500 / 256 * (1 + math.cos(math.pi * 19 / 20)) / 2)
     assert checkpoint["method"] == "simclr" and checkpoint["step"] == 30 and checkpoint["epoch"] == 3
