@@ -19,7 +19,8 @@ What the papers do differently is in PROTOCOLS, FINETUNE and DETECT, each row wi
 the central crop; `linear --no-augment` computes the features once instead, much faster and a little worse. The cosine falls in every
 step, also where the original does it once an epoch. Rates are per 256 images. In-memory data sets are too small for batches of 4096, so
 that without --batch-size theirs is 256 at most (in `finetune` an eighth of the images), and the rate goes with it. CPC's probe encodes
-the patches of the pre-training, disturbed as there; the number of its epochs is ours, since the paper does not give one.
+the patches of the pre-training, disturbed as there; the number of its epochs is ours, since the paper does not give one. So are the
+rates of the second phase of its fine-tuning, its patience and what it holds out: a fifth of the labelled images, so that it gets no more.
 
 Memory: features are float32, or half precision from a gigabyte on. ImageNet's 1.28 million of 2048 numbers take 5.2 GB in each process.
 `knn` needs 0.3 GB beside them (a process of 5.8 GiB in all, measured on a CPU with that many random features, 2026-11-21), `linear
@@ -83,6 +84,7 @@ TRANSFER = {   # SimCLR B.8: torchvision's class, its splits, images of train he
     "pets": ("OxfordIIITPet", ("trainval", None, "test"), 740, "mean_per_class"),
     "caltech101": (None, ("train", None, "test"), 510, "mean_per_class"), "flowers": ("Flowers102", OFFICIAL, 0, "mean_per_class"),
 }
+L2 = np.logspace(-6, 5, 45)
 IMAGENET, SWAV = ([[0.485, 0.456, 0.406], std] for std in ([0.229, 0.224, 0.225], [0.228, 0.224, 0.225]))
 CIFAR = [[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]]
 LAYOUTS = (    # whose files; the backbone's prefix ("module." is dropped before); how one other name begins; mean, deviation of the input
@@ -209,12 +211,13 @@ def load_encoder(args, device):
     return encoder, encoder.dim, checkpoint
 
 
-def load_splits(args, checkpoint, device):
-    """(name, train, val), both labelled."""
+def load(args, device):
+    """What `load_encoder` returns, the name of the data, and its labelled images, train and val."""
+    encoder, dim, checkpoint = load_encoder(args, device)
     name, root = args.data or checkpoint["args"].get("data"), args.root or checkpoint["args"].get("root", "data")
     if name is None:
         raise common.UserError(f"--data: needed, since {args.checkpoint} does not say what it was trained on")
-    return name, common.load_data(name, root, "train", device), common.load_data(name, root, "val", device)
+    return encoder, dim, checkpoint, name, *(common.load_data(name, root, split, device) for split in ("train", "val"))
 
 
 class Features:
@@ -307,8 +310,7 @@ def agree(model):
 # ------------------------------------------------------------------------------------------------ k nearest neighbours
 
 def knn(args, device):
-    encoder, _, checkpoint = load_encoder(args, device)
-    name, train, val = load_splits(args, checkpoint, device)
+    encoder, _, checkpoint, name, train, val = load(args, device)
     bank = Features(*common.features(encoder, train, checkpoint["input"], args.workers, args.precision))
     k, temperature = args.k, args.temperature
     if args.sweep:
@@ -344,8 +346,7 @@ def draw_neighbours(args, checkpoint, train, val, spaces, labels, truth, columns
 
 
 def neighbours(args, device):
-    encoder, _, checkpoint = load_encoder(args, device)
-    name, train, val = load_splits(args, checkpoint, device)
+    encoder, _, checkpoint, name, train, val = load(args, device)
     (bank, labels), (h, truth) = (common.features(encoder, d, checkpoint["input"], args.workers, args.precision) for d in (train, val))
     small = dict(checkpoint["input"], size=min(32, checkpoint["input"]["size"]))
     pixels, queries = (common.features(nn.Flatten().to(device), d, small, args.workers)[0] for d in (train, val))
@@ -394,8 +395,7 @@ def tsne(x, perplexity=30, steps=500):
 def linear(args, device):
     given = {k: v for k in ("epochs", "batch_size", "lr", "weight_decay") if (v := getattr(args, k)) is not None}
     recipe = dict(PROTOCOLS.get(args.protocol, BASE), **given)
-    encoder, dim, checkpoint = load_encoder(args, device)
-    name, train, val = load_splits(args, checkpoint, device)
+    encoder, dim, checkpoint, name, train, val = load(args, device)
     size, mean, std, interpolation = (checkpoint["input"][k] for k in ("size", "mean", "std", "interpolation"))
     classes, settings = int(train.labels.max()) + 1, dict(protocol=args.protocol, sweep=args.sweep, train=len(train), val=len(val))
     if args.batch_size is None:
@@ -601,8 +601,7 @@ def data_gain(fractions, ours, baseline):
 
 
 def finetune(args, device):
-    encoder, _, checkpoint = load_encoder(args, device)
-    name, train, val = load_splits(args, checkpoint, device)
+    encoder, _, checkpoint, name, train, val = load(args, device)
     classes, rows = int(train.labels.max()) + 1, []
     for subset, amount in sorted(((label_subset(train.labels, a, args.seed, args.subset == "balanced"), a) for a in args.labels),
                                  key=lambda s: len(s[0])):
@@ -696,7 +695,8 @@ def draw_label_efficiency(args, name, rows, n):
     ax.semilogx(x, [row["top1"] for row in rows], "o-", color="#2a6f97", label=f"fine-tuned ({args.protocol})")
     if args.supervised:
         ax.semilogx(x, [row["baseline_top1"] for row in rows], "s--", color="#bc4749", label="supervised from random initialisation")
-        ax.set_title(", ".join(f"{row['gain']:.3g} times the data at {v:.3g} %" for v, row in zip(x, rows) if row["gain"]), fontsize=8)
+        gains = ", ".join(f"{row['gain']:.3g} at {v:.3g} %" for v, row in zip(x, rows) if row["gain"])
+        ax.set_title(f"worth so many times the labels: {gains}" if gains else "", fontsize=9)
     ax.set_xticks(x, [f"{v:.3g} %" for v in x])
     ax.minorticks_off()
     ax.set(xlabel="labelled images", ylabel=f"top-1 accuracy on {Path(name).name}, %", ylim=(0, None))
@@ -787,7 +787,7 @@ def transfer(args, device):
             part.labels = labels
             sets.append((h, labels[order.cpu()].to(h.device)))
         train, val, test = sets
-        l2, weights, tuned = choose_l2(train, val, metric, np.logspace(-6, 5, 45))
+        l2, weights, tuned = choose_l2(train, val, metric, L2)
         weights = logistic_regression(*map(torch.cat, zip(train, val)), len(weights), l2, weights)
         rows.append(dict(dataset=Path(name).name, train=len(train[0]), val=len(val[0]), test=len(test[0]), l2=float(f"{l2:.3g}"),
                          metric=metric, val_figure=tuned, figure=measure(metric, scores(weights, test[0]), test[1])))
@@ -798,8 +798,7 @@ def transfer(args, device):
 
 def invariance(args, device):
     """SimCLR's table 3: small networks (one hidden layer of 512, our choice) that tell from h and from g(h) what was done to the image."""
-    encoder, _, checkpoint = load_encoder(args, device)
-    name, train, val = load_splits(args, checkpoint, device)
+    encoder, _, checkpoint, name, train, val = load(args, device)
     project, rows = read_projector(args.checkpoint, checkpoint).to(device), []
     tasks = {      # the share of each class, x and y -> x
         "colour or grey": ((0.8, 0.2), lambda x, y: torch.where(y == 1, common.grayscale(x.clone(), 1), x)),
@@ -1127,9 +1126,10 @@ def draw_detections(folder, test, found, columns=4):
         for _, k, score, box in zip(*(a[(found[0] == i) & (found[2] >= 0.3)] for a in found)):
             shown.append((plt.get_cmap("tab20")(int(k) % 20), "-", f"{test.classes[k]} {score:.2f}", box))
         for color, style, text, box in shown:
-            ax.add_patch(plt.Rectangle(box[:2] - 0.5, *(box[2:] - box[:2]), fill=False, edgecolor=color, linestyle=style))
+            ax.add_patch(plt.Rectangle(box[:2] - 0.5, *(box[2:] - box[:2]), fill=False, edgecolor=color, linestyle=style, linewidth=1.5))
             if text:
                 ax.text(*box[:2], text, fontsize=7, color="white", va="bottom", bbox=dict(facecolor=color, linewidth=0, pad=0.5))
+    figure.suptitle("dashed: what is there; coloured: found, with a score of 0.3 or more", fontsize=9)
     common.save_picture(figure, folder / "detections.png")
 
 
@@ -1140,13 +1140,14 @@ def report(args, checkpoint, data, settings, result, rows=()):
     if common.rank() > 0:
         return
     tidy = lambda row: {k: round(v, 2) if isinstance(v, float) and k not in ("labels", "l2") else v for k, v in row.items()}
-    asked = {"random": "untrained " + checkpoint["encoder_config"]["arch"], "pixels": "pixels", None: str(args.checkpoint)}[args.baseline]
-    print(f"{args.task} on {data}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()))
-    for part in filter(None, (rows, [dict(encoder=asked, method="-" if args.baseline else checkpoint["method"], **result)])):
-        lines = [list(part[0]), *(["-" if v is None else str(v) for v in tidy(row).values()] for row in part)]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        for line in lines:
-            print("  ".join(f"{text:{'>' if i else '<'}{width}}" for i, (text, width) in enumerate(zip(line, widths))))
+    asked = {"random": "untrained " + checkpoint["encoder_config"]["arch"], "pixels": "pixels"}
+    shown = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
+    print(f"{args.task} on {data}, {asked.get(args.baseline, args.checkpoint)}: {shown}")
+    table = [*rows, *([dict({"class": "mean"} if rows else {}, **result)] if result else [])]
+    lines = [list(table[0]), *(["-" if v is None else str(v) for v in tidy(row).values()] for row in table)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(f"{text:{'>' if i else '<'}{width}}" for i, (text, width) in enumerate(zip(line, widths))))
     line = dict(task=args.task, data=data, checkpoint=str(args.checkpoint), baseline=args.baseline, **settings, **tidy(result))
     print(json.dumps(dict(line, rows=[tidy(row) for row in rows]) if rows else line), flush=True)
 

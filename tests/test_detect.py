@@ -56,7 +56,8 @@ def test_average_precision_is_the_kits_on_200_random_cases():
         truth = [(int(rng.integers(4)), box()) for _ in range(rng.integers(1, 25))]
         near = lambda gt: (gt[0], [v + int(rng.integers(-1, 2)) * (i > 1) for i, v in enumerate(gt[1])])
         places = [near(truth[rng.integers(len(truth))]) if rng.random() < 0.7 else (int(rng.integers(4)), box()) for _ in range(rng.integers(0, 40))]
-        detections = [(i, float(rng.integers(5) / 5 if case % 2 else rng.random()), [*b[:2], max(b[0], b[2]), max(b[1], b[3])]) for i, b in places]    # many ties
+        score = lambda: float(rng.integers(5) / 5 if case % 2 else rng.random())                   # many ties
+        detections = [(i, score(), [*b[:2], max(b[0], b[2]), max(b[1], b[3])]) for i, b in places]
         difficult = [bool(d) for d in rng.random(len(truth)) < 0.3]
         difficult[0] = False
         for threshold in (0.5, 0.75):
@@ -183,16 +184,21 @@ def test_voc_layout(voc):
     scenes = evaluate.voc_scenes(voc, "test")
     assert scenes.classes == ["cat", "dog"] and scenes.boxes[0].tolist() == [[0, 0, 20, 40], [40, 0, 60, 40]]
     assert [d.tolist() for d in scenes.difficult] == [[False, False], [False, True]] and scenes.crop(torch.tensor([1]), [])[0][0].shape == (3, 40, 60)
-    perfect = (np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]), np.array([.9, .8, .7, .6]), np.array([[0, 0, 20, 40]] * 2 + [[40, 0, 60, 40]] * 2, float))
+    boxes = np.array([[0, 0, 20, 40]] * 2 + [[40, 0, 60, 40]] * 2, float)
+    perfect = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]), np.array([.9, .8, .7, .6]), boxes
     assert all(v == 100 for row in evaluate.voc_rows(perfect, scenes) for k, v in row.items() if k != "class")
+
+
+def rewrite(file, old, new):
+    file.write_text(file.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize("change,words", [
     (lambda top: (top / "JPEGImages/0.jpg").unlink(), "images missing: 1, the first"),
     (lambda top: [(top / f"Annotations/{i}.xml").unlink() for i in (0, 1)], "annotations missing: 2, the first"),
     (lambda top: (top / "Annotations/1.xml").write_text("<annotation>"), "annotations unreadable: 1"),
-    (lambda top: (top / "Annotations/1.xml").write_text((top / "Annotations/1.xml").read_text().replace("<xmax>60", "<xmax>61")), "boxes outside their image: 1"),
-    (lambda top: (top / "Annotations/2.xml").write_text((top / "Annotations/2.xml").read_text().replace("dog", "cow")), "does not have: cow"),
+    (lambda top: rewrite(top / "Annotations/1.xml", "<xmax>60", "<xmax>61"), "boxes outside their image: 1"),
+    (lambda top: rewrite(top / "Annotations/2.xml", "dog", "cow"), "does not have: cow"),
     (lambda top: (top / "ImageSets/Main/test.txt").unlink(), "no set test"),
     (lambda top: (top / "ImageSets/Main/trainval.txt").write_text("\n"), "is empty"),
 ])
@@ -204,6 +210,6 @@ def test_voc_mistakes(voc, checkpoint, capsys, change, words):
 def test_real_photographs(real_data, checkpoint, tmp_path):
     scenes = evaluate.voc_scenes(real_data, "trainval")
     assert len(scenes) == 120 and "person" in scenes.classes
-    result = ask("detect", checkpoint, "--data", real_data, "--train-set", "val", "--test-set", "val", "--image-size", 40, "--steps", 2, "--batch-size", 2, "--rois", 8,
-                 "--workers", 0, "--output", tmp_path)
+    result = ask("detect", checkpoint, "--data", real_data, "--train-set", "val", "--test-set", "val", "--image-size", 40, "--steps", 2,
+                 "--batch-size", 2, "--rois", 8, "--workers", 0, "--output", tmp_path)
     assert 0 <= result["AP50"] <= 100 and result["train"] == 24
