@@ -24,7 +24,7 @@ rates of the second phase of its fine-tuning, its patience and what it holds out
 
 Memory: features are float32, or half precision from a gigabyte on. ImageNet's 1.28 million of 2048 numbers take 5.2 GB in each process.
 `knn` needs 0.3 GB beside them (a process of 5.8 GiB in all, measured on a CPU with that many random features, 2026-11-21), `linear
---no-augment` a batch of them, `linear --protocol lbfgs` 0.6 GB; --sweep as much again, for the held-out images leave a copy.
+--no-augment` a batch of them, `linear --protocol lbfgs` about 0.6 GB (reckoned, not measured); --sweep copies nine tenths of them.
 
 Differs from the papers in `detect`: torchvision's smooth L1 losses (the box head's with beta 1/9, where detectron2 has 0) and
 initialisation; CPC's ResNet-161 and CMC's pair, which have no fourth stage to spare, get three new blocks as the box head.
@@ -460,7 +460,8 @@ def train_heads(args, device, recipe, rates, data, make, crop=None, change=lambd
     def loss_of(crops, indices):
         with torch.no_grad():
             x, y = change(crops[0]).float(), data.labels[indices].to(device)
-        return sum(F.cross_entropy(network(x).float(), y) for network in networks)
+        with torch.autocast(device.type, enabled=False):
+            return sum(F.cross_entropy(network(x), y) for network in networks)
 
     descend(args, batches, [optimizer], recipe, loss_of, recipe["epochs"] * len(batches))
     return heads.requires_grad_(False).eval()
