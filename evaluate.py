@@ -372,7 +372,7 @@ def tsne(x, perplexity=30, steps=500):
     y = (x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:2].T
     d = torch.cdist(x, x).square().fill_diagonal_(math.inf)
     low, high = torch.zeros(n, 1, device=x.device), torch.full((n, 1), 1e6, device=x.device)
-    for _ in range(60):      # each point's precision, by halving: its neighbours have that perplexity
+    for _ in range(60):                                         # each point's precision, by halving, for that perplexity
         beta = (low + high) / 2
         p = torch.softmax(-beta * d, 1)
         wide = -torch.xlogy(p, p).sum(1, keepdim=True) > math.log(perplexity)
@@ -973,6 +973,7 @@ def voc_rows(found, scenes):
         rows.append(row)
     return rows
 
+
 def detector(encoder, recipe, kind, classes, input, device):
     """torchvision's Faster R-CNN on `encoder`, everything trained: the papers' C4, its fourth stage as the box head; or a pyramid."""
     encoder = encoder.to("cpu", memory_format=torch.contiguous_format).requires_grad_(True)      # channels-last crashes torch 2.15 on a CPU
@@ -1003,6 +1004,7 @@ def detector(encoder, recipe, kind, classes, input, device):
                       rpn_post_nms_top_n_test=after_test, box_roi_pool=pool, box_head=head, box_batch_size_per_image=recipe["rois"],
                       box_predictor=faster_rcnn.FastRCNNPredictor(dim, classes + 1), box_positive_fraction=0.25,
                       box_score_thresh=0.05, box_nms_thresh=0.5, box_detections_per_img=100).to(device).train()
+
 
 def detect(args, device):
     encoder, _, checkpoint = load_encoder(args, device)
