@@ -330,18 +330,21 @@ def draw_neighbours(args, checkpoint, train, val, spaces, labels, truth, columns
     of another class framed in red."""
     queries = torch.stack([(truth == c).nonzero()[0, 0] for c in truth.unique()[:10]])
     found = torch.stack([common.nearest(bank, h[queries], columns)[1] for _, bank, h in spaces], 1)              # (Q, spaces, columns)
-    width = 1 + found[0].numel()
+    width = 1 + len(spaces) * (1 + found.shape[2])                                                               # a gap before each space
     size = (0.6 * width, 0.6 * len(queries) + 0.2)
     figure, axes = common.pyplot().subplots(len(queries), width, figsize=size, squeeze=False, layout="constrained")
-    for q, near, row in zip(queries, found.flatten(1), axes):
-        wrong = [False, *(labels[near] != truth[q]).tolist()]
-        for image, ax, red in zip(torch.cat([look(val, q[None], checkpoint), look(train, near, checkpoint)]), row, wrong):
-            ax.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
+    for q, near, row in zip(queries, found, axes):
+        shown = [(look(val, q[None], checkpoint)[0], False)]
+        for i in near:
+            shown += [(None, False), *zip(look(train, i, checkpoint), (labels[i] != truth[q]).tolist())]
+        for (image, red), ax in zip(shown, row):
+            if image is not None:
+                ax.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             for side in ax.spines.values():
                 side.set(visible=red, color="red", linewidth=2)
-    for place, title in [(0, "query")] + [(1 + i * found.shape[2], title) for i, (title, _, _) in enumerate(spaces)]:
-        axes[0, place].set_title(title, fontsize=8, loc="left")
+    for place, title in [(0, "query")] + [(2 + i * (1 + found.shape[2]), title) for i, (title, _, _) in enumerate(spaces)]:
+        axes[0, place].set_title(title, fontsize=8, loc="left").set_in_layout(place == 0)
     save(args, figure, file)
 
 
@@ -1016,7 +1019,7 @@ def detect(args, device):
         train, test, name, recipe = drawn_scenes(1000, 11), drawn_scenes(300, 12), "shapes", dict(DETECT["shapes"])
     if args.image_size:
         scale = args.image_size / recipe["size"]
-        recipe.update({k: tuple(max(4, round(side * scale)) for side in recipe[k]) for k in ("sizes", "anchors")})
+        recipe.update({k: tuple(max(4, round(side * scale)) for side in recipe[k]) for k in ("sizes", "anchors", "proposals")})
         recipe.update(size=args.image_size, max_size=round(recipe["max_size"] * scale))
     recipe.update({k: v for k in ("steps", "batch_size", "lr", "rois") if (v := getattr(args, k)) is not None})
     # the rate falls after 18000 and 22000 of 24000 steps
@@ -1119,6 +1122,7 @@ def find_all(model, test, args, device):
 def draw_detections(folder, test, found, columns=4):
     """The first test images: what was found (score 0.3 or more, colour by class), and dashed in white what is there."""
     plt = common.pyplot()
+    colors = plt.get_cmap("tab10" if len(test.classes) <= 10 else "tab20")
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6), squeeze=False, layout="constrained")
     for i, ax in enumerate(axes.flat):
         ax.axis("off")
@@ -1127,7 +1131,7 @@ def draw_detections(folder, test, found, columns=4):
         ax.imshow(test.read(i)[0].permute(1, 2, 0))
         shown = [("white", "--", None, box) for box in test.boxes[i].numpy()]
         for _, k, score, box in zip(*(a[(found[0] == i) & (found[2] >= 0.3)] for a in found)):
-            shown.append((plt.get_cmap("tab20")(int(k) % 20), "-", f"{test.classes[k]} {score:.2f}", box))
+            shown.append((colors(int(k) % 20), "-", f"{test.classes[k]} {score:.2f}", box))
         for color, style, text, box in shown:
             ax.add_patch(plt.Rectangle(box[:2] - 0.5, *(box[2:] - box[:2]), fill=False, edgecolor=color, linestyle=style, linewidth=1.5))
             if text:
