@@ -1,5 +1,5 @@
 """What the tests share: running a script as a person does, and the real images in $SSL_DATA."""
-import functools, json, math, os, random, re, signal, subprocess, sys, time
+import contextlib, functools, io, json, math, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -200,13 +200,33 @@ def check_two_processes(folder, body, after=""):
     assert result.returncode == 0 and result.stdout.count("both agree") == 2, result.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """That of a short SimCLR run, for what is asked of encoders."""
     import simclr
     folder = tmp_path_factory.mktemp("run")
-    train(simclr, *TINY, "--epochs", "1", "--lr", "2", "--output", folder)
+    train(simclr, *TINY, "--lr", "2", "--output", folder)
     return folder / "checkpoint.pt"
+
+
+def ask(task, *args):
+    """The JSON that `evaluate.py task ...` ends with; in this process."""
+    import evaluate
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        getattr(evaluate, task)(evaluate.parse_args([task, *map(str, args)]), torch.device("cpu"))
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
+def asked_wrongly(capsys, *args):
+    """The line that `evaluate.py ...`, with a mistake in it, ends with, and status 2; in this process."""
+    import evaluate
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        parsed = evaluate.parse_args(list(map(str, args)))
+        common.launch(getattr(evaluate, parsed.task), parsed, stoppable=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and len(lines) == 1 and ": error: " in lines[0], lines
+    return lines[0]
 
 
 @pytest.fixture(scope="session")

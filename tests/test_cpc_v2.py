@@ -1,5 +1,5 @@
 """cpc_v2.py: the loss against its equation, who sees what in each direction, the average of the weights, one process against two, whole runs."""
-import argparse, json, math, resource
+import json, math, resource
 
 import pytest
 import torch
@@ -266,6 +266,10 @@ def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra,
         asked = ["linear", str(tmp_path / "whole" / "checkpoint.pt"), "--protocol", "cpc", "--epochs", "2", "--lr", "0.01", "--no-augment"]
         evaluate.linear(evaluate.parse_args(asked), torch.device("cpu"))
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] > 12
+        asked = ["finetune", asked[1], "--protocol", "cpc", "--labels", "20", "--subset", "random", "--epochs", "2", "--batch-size", "32"]
+        evaluate.finetune(evaluate.parse_args(asked), torch.device("cpu"))
+        said = capsys.readouterr()
+        assert json.loads(said.out.splitlines()[-1])["rows"][0]["images"] == 200 and "encoder fixed" in said.err and "encoder trained" in said.err
 
 
 def test_classifiers_are_the_papers():
@@ -288,16 +292,12 @@ def test_probe_on_patches(tmp_path):
     """What evaluation encodes are the patches of the training."""
     torch.manual_seed(0)
     encoder = common.resnet("resnet10x0.125", norm="layer", stem="small", stages=3, version=2)
-    saved = dict(method="cpc_v2", args=dict(patch_size=8, stride=4, patch_augment="none"))
-    grid = evaluate.PatchGrid(encoder, argparse.Namespace(baseline=None), saved)
+    grid = evaluate.PatchGrid(encoder, dict(patch_size=8, stride=4, patch_augment="none"))
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         z = grid(common.normalize(x.clone(), cpc_v2.MEAN, cpc_v2.STD))
-        assert z.shape == (2, 32, 3, 3) and torch.allclose(z, grid(grid.disturbed(x.clone())), atol=1e-5)
+        assert z.shape == (2, 32, 3, 3) and torch.allclose(z, grid(x.clone(), disturb=True), atol=1e-5)
         assert torch.allclose(z[:, :, 1, 2], encoder(common.normalize(x.clone(), cpc_v2.MEAN, cpc_v2.STD)[:, :, 4:12, 8:16]), atol=1e-5)
-    for baseline, method in (("pixels", "cpc_v2"), (None, "simclr")):
-        with pytest.raises(common.UserError, match="--protocol cpc: needs"):
-            evaluate.PatchGrid(encoder, argparse.Namespace(baseline=baseline), dict(saved, method=method))
 
 
 def test_misuse(tmp_path, capsys):

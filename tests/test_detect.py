@@ -1,13 +1,11 @@
 """evaluate.py detect: the official kit's figures, the VOC layout, training that goes on where it stopped, mistakes."""
-import contextlib, io, json
-
 import numpy as np
 import pytest
 import torch
 
 import common
 import evaluate
-from conftest import one_line, run
+from conftest import ask, asked_wrongly
 
 
 # ------------------------------------------------------------------------------------------------ the kit's rules
@@ -45,8 +43,10 @@ def literal(detections, truth, difficult, threshold, eleven_point):
 
 def ours(detections, truth, difficult, threshold, eleven_point):
     image, score, box = (np.array([d[i] for d in detections], np.float64) for i in range(3))
-    matches = evaluate.voc_matches((image, score, box.reshape(-1, 4)), (np.array([t[0] for t in truth]), np.array([t[1] for t in truth], np.float64)))
-    return evaluate.voc_average_precision(*evaluate.voc_recall_precision(*matches, np.array(difficult), threshold), eleven_point)
+    ends = np.array([0, 0, 1, 1])                               # the kit counts both ends
+    true = np.array([t[0] for t in truth]), np.array([t[1] for t in truth], np.float64) + ends
+    curve, = evaluate.voc_recall_precision(image, score, box.reshape(-1, 4) + ends, *true, np.array(difficult), [threshold])
+    return evaluate.voc_average_precision(*curve, eleven_point)
 
 
 def test_average_precision_is_the_kits_on_200_random_cases():
@@ -56,7 +56,8 @@ def test_average_precision_is_the_kits_on_200_random_cases():
         truth = [(int(rng.integers(4)), box()) for _ in range(rng.integers(1, 25))]
         near = lambda gt: (gt[0], [v + int(rng.integers(-1, 2)) * (i > 1) for i, v in enumerate(gt[1])])
         places = [near(truth[rng.integers(len(truth))]) if rng.random() < 0.7 else (int(rng.integers(4)), box()) for _ in range(rng.integers(0, 40))]
-        detections = [(i, float(rng.integers(5) / 5 if case % 2 else rng.random()), [*b[:2], max(b[0], b[2]), max(b[1], b[3])]) for i, b in places]    # many ties
+        score = lambda: float(rng.integers(5) / 5 if case % 2 else rng.random())                   # many ties
+        detections = [(i, score(), [*b[:2], max(b[0], b[2]), max(b[1], b[3])]) for i, b in places]
         difficult = [bool(d) for d in rng.random(len(truth)) < 0.3]
         difficult[0] = False
         for threshold in (0.5, 0.75):
@@ -104,16 +105,9 @@ def few(monkeypatch):
     monkeypatch.setattr(evaluate, "drawn_scenes", lambda count, seed: drawn(12, seed))
 
 
-def ask(*args):
-    args = evaluate.parse_args(["detect", *map(str, args)])
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        evaluate.detect(args, torch.device("cpu"))
-    return json.loads(out.getvalue().splitlines()[-1])
-
-
 @pytest.mark.parametrize("kind", ["c4", "fpn"])
 def test_detects_in_drawn_scenes(checkpoint, few, tmp_path, kind):
-    result = ask(checkpoint, *FAST, "--detector", kind, "--image-size", 48, "--color-drop", "0.5", "--output", tmp_path)
+    result = ask("detect", checkpoint, *FAST, "--steps", 2, "--detector", kind, "--image-size", 48, "--color-drop", "0.5", "--output", tmp_path)
     keys = [a + b for b in ("", "_all") for a in ("AP", "AP50", "AP75")]
     assert all(0 <= result[k] <= 100 for k in keys) and {r["class"] for r in result["rows"]} <= set(common.SHAPES)
     assert result["AP50"] == pytest.approx(np.mean([r["AP50"] for r in result["rows"]]), abs=0.02)
@@ -121,47 +115,44 @@ def test_detects_in_drawn_scenes(checkpoint, few, tmp_path, kind):
 
 
 def test_detection_goes_on_where_it_stopped(checkpoint, few, tmp_path, monkeypatch):
-    whole = ask(checkpoint, *FAST, "--output", tmp_path / "whole")
+    whole = ask("detect", checkpoint, *FAST, "--output", tmp_path / "whole")
     asked = iter([False, False, True])
     with monkeypatch.context() as m:
         m.setattr(common, "asked_to_stop", lambda: next(asked))
         with pytest.raises(common.Stopped, match="after step 3 of 4"):
-            ask(checkpoint, *FAST, "--output", tmp_path / "cut")
-    cut = ask(checkpoint, *FAST, "--output", tmp_path / "cut")
+            ask("detect", checkpoint, *FAST, "--output", tmp_path / "cut")
+    cut = ask("detect", checkpoint, *FAST, "--output", tmp_path / "cut")
     a, b = (torch.load(tmp_path / name / "detect.pt", weights_only=True) for name in ("whole", "cut"))
     assert a["step"] == b["step"] == 4 and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and whole["rows"] == cut["rows"]
     with pytest.raises(common.UserError, match="lr.*another --output"):
-        ask(checkpoint, *FAST, "--lr", "0.5", "--output", tmp_path / "cut")
+        ask("detect", checkpoint, *FAST, "--lr", "0.5", "--output", tmp_path / "cut")
 
 
 def test_an_encoder_without_a_fourth_stage_gets_new_blocks(checkpoint):
-    encoder = common.resnet("resnet10x0.0625", stem="small")
-    encoder.layer4, encoder.dim = None, 16                      # as CPC's ResNet-161 ends
-    encoder.maps = lambda x: encoder.layer3(encoder.layer2(encoder.layer1(torch.relu(encoder.bn1(encoder.conv1(x))))))
+    encoder = common.resnet("resnet10x0.0625", norm="layer", stem="small", stages=3, version=2)        # as CPC's ResNet-161 ends
     model = evaluate.detector(encoder, dict(evaluate.DETECT["shapes"], rois=8), "c4", 10, dict(mean=[0] * 3, std=[1] * 3), torch.device("cpu"))
     loss = sum(model([torch.rand(3, 96, 96)], [dict(boxes=torch.tensor([[8.0, 8, 30, 30]]), labels=torch.tensor([1]))]).values())
     loss.backward()
     assert encoder.conv1.weight.grad.abs().sum() > 0 and len(model.roi_heads.box_head[0]) == 3
 
 
-@pytest.mark.parametrize("kind", ["c4", "fpn"])
-def test_norms_are_trained_and_then_those_of_the_final_weights(checkpoint, few, kind):
+def test_norms_are_trained_and_then_those_of_the_final_weights(checkpoint, few):
     encoder, _, saved = evaluate.load_encoder(evaluate.parse_args(["detect", str(checkpoint)]), torch.device("cpu"))
-    model = evaluate.detector(encoder, dict(evaluate.DETECT["shapes"], rois=8), kind, 10, saved["input"], torch.device("cpu"))
+    model = evaluate.detector(encoder, dict(evaluate.DETECT["shapes"], rois=8), "c4", 10, saved["input"], torch.device("cpu"))
     assert all(m.training for m in model.modules()) and all(p.requires_grad for p in encoder.parameters())
     scenes = evaluate.drawn_scenes(12, 1)
     batches = common.Batches(scenes, [], 4, 0)
     evaluate.precise_norms(model, scenes, batches, 3, evaluate.parse_args(["detect", str(checkpoint)]), torch.device("cpu"))
-    x = torch.cat([torch.stack(evaluate.prepare(scenes, scenes[batches.indices(i).tolist()], torch.device("cpu"))[0]) for i in range(3)])
+    x = torch.cat([torch.stack([scenes.images[j] for j in batches.indices(i)]) for i in range(3)]).float() / 255
     y = encoder.conv1(common.normalize(x, saved["input"]["mean"], saved["input"]["std"]))
-    assert torch.allclose(encoder.bn1.running_mean, y.mean((0, 2, 3)), atol=5e-3) and encoder.bn1.num_batches_tracked == 3
+    assert torch.allclose(encoder.bn1.running_mean, y.mean((0, 2, 3)), atol=1e-2) and encoder.bn1.num_batches_tracked == 3
 
 
 def test_boxes_are_mirrored_with_their_image(few):
     scenes = evaluate.drawn_scenes(12, 1)
     for seed in range(4):
         torch.manual_seed(seed)
-        (image,), (target,) = evaluate.prepare(scenes, scenes[[3]], torch.device("cpu"), 0.0)
+        (image,), (target,) = evaluate.disturb(scenes, [scenes.images[3].float() / 255], torch.tensor([3]))
         original, boxes = scenes.images[3].float() / 255, scenes.boxes[3]
         mirrored = not torch.equal(image, original)
         assert torch.equal(image.flip(2) if mirrored else image, original)
@@ -192,34 +183,33 @@ def voc(tmp_path):
 def test_voc_layout(voc):
     scenes = evaluate.voc_scenes(voc, "test")
     assert scenes.classes == ["cat", "dog"] and scenes.boxes[0].tolist() == [[0, 0, 20, 40], [40, 0, 60, 40]]
-    assert [d.tolist() for d in scenes.difficult] == [[False, False], [False, True]] and scenes[[1]][0][0].shape == (3, 40, 60)
-    perfect = (np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]), np.array([.9, .8, .7, .6]), np.array([[0, 0, 20, 40]] * 2 + [[40, 0, 60, 40]] * 2, float))
-    assert all((v == 100).all() for v in evaluate.voc_table(perfect, scenes).values())
+    assert [d.tolist() for d in scenes.difficult] == [[False, False], [False, True]] and scenes.crop(torch.tensor([1]), [])[0][0].shape == (3, 40, 60)
+    boxes = np.array([[0, 0, 20, 40]] * 2 + [[40, 0, 60, 40]] * 2, float)
+    perfect = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1]), np.array([.9, .8, .7, .6]), boxes
+    assert all(v == 100 for row in evaluate.voc_rows(perfect, scenes) for k, v in row.items() if k != "class")
+
+
+def rewrite(file, old, new):
+    file.write_text(file.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize("change,words", [
     (lambda top: (top / "JPEGImages/0.jpg").unlink(), "images missing: 1, the first"),
     (lambda top: [(top / f"Annotations/{i}.xml").unlink() for i in (0, 1)], "annotations missing: 2, the first"),
     (lambda top: (top / "Annotations/1.xml").write_text("<annotation>"), "annotations unreadable: 1"),
-    (lambda top: (top / "Annotations/1.xml").write_text((top / "Annotations/1.xml").read_text().replace("<xmax>60", "<xmax>61")), "boxes outside their image: 1"),
-    (lambda top: (top / "Annotations/2.xml").write_text((top / "Annotations/2.xml").read_text().replace("dog", "cow")), "does not have: cow"),
+    (lambda top: rewrite(top / "Annotations/1.xml", "<xmax>60", "<xmax>61"), "boxes outside their image: 1"),
+    (lambda top: rewrite(top / "Annotations/2.xml", "dog", "cow"), "does not have: cow"),
     (lambda top: (top / "ImageSets/Main/test.txt").unlink(), "no set test"),
     (lambda top: (top / "ImageSets/Main/trainval.txt").write_text("\n"), "is empty"),
 ])
-def test_voc_mistakes(voc, checkpoint, change, words):
+def test_voc_mistakes(voc, checkpoint, capsys, change, words):
     change(voc / "VOCdevkit" / "VOC2007")
-    with pytest.raises(common.UserError) as e:
-        ask(checkpoint, "--data", voc, *FAST)
-    assert words in str(e.value) and "\n" not in str(e.value)
-
-
-def test_missing_set_takes_one_line(checkpoint, tmp_path):
-    assert "no set trainval" in one_line(run("evaluate.py", "detect", checkpoint, "--data", tmp_path))
+    assert words in asked_wrongly(capsys, "detect", checkpoint, "--data", voc, *FAST)
 
 
 def test_real_photographs(real_data, checkpoint, tmp_path):
     scenes = evaluate.voc_scenes(real_data, "trainval")
     assert len(scenes) == 120 and "person" in scenes.classes
-    result = ask(checkpoint, "--data", real_data, "--train-set", "val", "--test-set", "val", "--image-size", 64, "--steps", 2, "--batch-size", 2, "--rois", 8,
-                 "--workers", 0, "--output", tmp_path)
+    result = ask("detect", checkpoint, "--data", real_data, "--train-set", "val", "--test-set", "val", "--image-size", 40, "--steps", 2,
+                 "--batch-size", 2, "--rois", 8, "--workers", 0, "--output", tmp_path)
     assert 0 <= result["AP50"] <= 100 and result["train"] == 24

@@ -1,34 +1,12 @@
-"""evaluate.py: figures, pictures and mistakes of the two evaluations, on a tiny run."""
-import contextlib, io, json
+"""evaluate.py: figures and pictures of knn and linear, and every mistake, on a tiny run."""
+import json
 
 import pytest
 import torch
 
 import common
 import evaluate
-from conftest import TINY, one_line, run
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    result = run("simclr.py", *TINY, "--lr", "2", "--output", folder)
-    assert result.returncode == 0, result.stderr
-    return folder / "checkpoint.pt"
-
-
-def ask(task, *args, processes=1):
-    """The JSON that `evaluate.py task ...` ends with; in this process, or in several as a person would start them."""
-    if processes > 1:
-        result = run("evaluate.py", task, *args, processes=processes)
-        assert result.returncode == 0, result.stderr
-        printed = result.stdout
-    else:
-        args = evaluate.parse_args([task, *map(str, args)])
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            getattr(evaluate, task)(args, torch.device("cpu"))
-        printed = out.getvalue()
-    return json.loads(printed.splitlines()[-1])
+from conftest import ask, asked_wrongly, one_line, run
 
 
 def test_knn(checkpoint):
@@ -39,8 +17,27 @@ def test_knn(checkpoint):
     assert ask("knn", checkpoint, "--k", "1", "--output", checkpoint.parent / "one")["k"] == 1
 
 
-def test_knn_of_two_processes_is_that_of_one(checkpoint):
-    assert ask("knn", checkpoint, processes=2)["top1"] == ask("knn", checkpoint)["top1"]
+TWO_PROCESSES = """
+import torch, common, evaluate
+common.start()
+drawn = evaluate.drawn_scenes
+evaluate.drawn_scenes = lambda count, seed: drawn(9, seed)
+for asked in {asked}:
+    args = evaluate.parse_args(asked)
+    getattr(evaluate, args.task)(args, torch.device("cpu"))
+"""
+
+
+def test_two_processes_are_one(checkpoint, tmp_path):
+    asked = [["knn", str(checkpoint)], ["linear", str(checkpoint), "--no-augment", "--epochs", "3"],
+             ["finetune", str(checkpoint), "--labels", "2", "--epochs", "1", "--output", str(tmp_path)],
+             ["detect", str(checkpoint), "--steps", "2", "--batch-size", "4", "--rois", "8", "--output", str(tmp_path)]]
+    (tmp_path / "two_processes.py").write_text(TWO_PROCESSES.format(asked=asked))
+    result = run(tmp_path / "two_processes.py", processes=2)
+    knn, linear, finetune, detect = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+    assert knn["top1"] == ask("knn", checkpoint)["top1"]
+    assert linear["top1"] == pytest.approx(ask(*asked[1])["top1"], abs=0.3)
+    assert finetune["rows"][0]["images"] == 20 and detect["test"] == 9 and (tmp_path / "detections.png").exists()
 
 
 def test_baselines(checkpoint):
@@ -67,11 +64,6 @@ def test_probe_learns_and_augments(checkpoint):
     assert checkpoint.read_bytes() == before and (checkpoint.parent / "confusion.png").exists()
 
 
-def test_probe_of_two_processes_is_that_of_one(checkpoint):
-    one, two = (ask("linear", checkpoint, "--no-augment", "--epochs", "3", processes=p) for p in (1, 2))
-    assert one["top1"] == pytest.approx(two["top1"], abs=0.3)
-
-
 def test_accuracy():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1], [1, 3, 2]])
     labels = torch.tensor([0, 0, 0, 2])
@@ -91,22 +83,34 @@ def test_frozen_encoder_that_moves_is_noticed(checkpoint, monkeypatch):
         evaluate.linear(evaluate.parse_args(["linear", str(checkpoint), "--no-augment", "--epochs", "1"]), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("args,words", [(["knn", "nowhere.pt"], "no such file"), (["linear", "CHECKPOINT", "--protocol", "dino"], "--protocol"),
-                                        (["linear", "CHECKPOINT", "--protocol", "cpc"], "needs the encoder of a checkpoint of cpc_v2.py, not simclr"),
-                                        (["knn", "CHECKPOINT", "--data", "nothing"], "--data"), (["knn", "CHECKPOINT", "--k", "0"], "--k"),
-                                        (["linear", "CHECKPOINT", "--lr", "-1"], "--lr"), (["knn", "BROKEN"], "not a readable checkpoint"),
-                                        (["guess", "CHECKPOINT"], "TASK"), (["knn", "MISFIT"], "does not fit")])
+@pytest.mark.parametrize("args,words", [
+    (["knn", "nowhere.pt"], "no such file"), (["guess", "RUN"], "TASK"), (["knn", "BROKEN"], "not a readable checkpoint"),
+    (["knn", "MISFIT"], "does not fit"), (["knn", "RUN", "--data", "nothing"], "--data"), (["knn", "RUN", "--k", "0"], "--k"),
+    (["linear", "RUN", "--lr", "-1"], "--lr"), (["linear", "RUN", "--protocol", "dino"], "--protocol"),
+    (["linear", "RUN", "--protocol", "cpc"], "needs a checkpoint of cpc_v2.py, not simclr"),
+    (["finetune", "RUN", "--protocol", "cpc"], "needs a checkpoint of cpc_v2.py, not simclr"),
+    (["finetune", "RUN", "--labels", "0"], "--labels"), (["finetune", "RUN", "--labels", "1.5"], "--labels"),
+    (["finetune", "RUN", "--labels", "-2"], "--labels"), (["finetune", "RUN", "--labels", "0.0"], "--labels"),
+    (["finetune", "RUN", "--labels", "0.001"], "5 of 5000 images, fewer than the 10 classes"),
+    (["finetune", "RUN", "--labels", "5000"], "class 0 has only"), (["finetune", "RUN", "--data", "CLASSES"], "no counterpart"),
+    (["transfer", "RUN"], "--datasets"), (["transfer", "RUN", "--datasets", "CLASSES"], "without training images: c"),
+    (["transfer", "RUN", "--datasets", "birdsnap", "--root", "CLASSES"], "--datasets birdsnap: no images"),
+    (["transfer", "RUN", "--datasets", "caltech101", "--root", "CLASSES"], "--datasets caltech101: no images"),
+    (["transfer", "RUN", "--datasets", "sun397", "--root", "CLASSES"], "--datasets sun397: not in"),
+    (["detect", "RUN", "--data", "CLASSES"], "no set trainval"), (["detect", "RUN", "--baseline", "pixels"], "pixels"),
+])
 def test_misuse(checkpoint, tmp_path, capsys, args, words):
+    from torchvision.io import write_jpeg
     (tmp_path / "broken.pt").write_bytes(checkpoint.read_bytes()[:5000])
     misfit = torch.load(checkpoint)
     misfit["encoder_config"]["arch"] = "resnet50"
     torch.save(misfit, tmp_path / "misfit.pt")
-    names = dict(CHECKPOINT=checkpoint, BROKEN=tmp_path / "broken.pt", MISFIT=tmp_path / "misfit.pt")
-    with pytest.raises((common.UserError, SystemExit)) as e:
-        parsed = evaluate.parse_args([str(names.get(a, a)) for a in args])
-        getattr(evaluate, parsed.task)(parsed, torch.device("cpu"))
-    assert words in str(e.value) + capsys.readouterr().err
+    for part in ("train/a", "train/b", "val/a", "val/c"):       # sets that do not share their classes
+        (tmp_path / part).mkdir(parents=True)
+        write_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / part / "0.jpg"))
+    names = dict(RUN=checkpoint, BROKEN=tmp_path / "broken.pt", MISFIT=tmp_path / "misfit.pt", CLASSES=tmp_path)
+    assert words in asked_wrongly(capsys, *(names.get(a, a) for a in args))
 
 
-def test_mistakes_take_one_line():
+def test_a_mistake_takes_one_line_and_status_2():
     assert "no such file" in one_line(run("evaluate.py", "knn", "nowhere.pt"))
