@@ -74,9 +74,10 @@ SMALL = dict(IMAGENET,                               # our own, after solo-learn
 )
 SHAPES = dict(SMALL,                                 # our own, for a few minutes on two CPU cores
     arch="resnet10x0.25",
-    epochs=22, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
+    epochs=14, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
     min_scale=0.4, small_crops=4, small_size=16, small_scale=0.2,
     num_prototypes=30, hidden=256, freeze_epochs=0.5,
+    epsilon=0.02,                                    # with 0.05 the codes stay near equal shares, and kNN accuracy near 50 %
     color_strength=1.0,                              # one tint an image, which is what the jitter erases
     knn_every=2,
 )
@@ -195,8 +196,6 @@ def train(args, device):
     model = SwAV(args.arch, args.stem, args.hidden, args.dim, args.num_prototypes, queue_size).to(device, memory_format=torch.channels_last)
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    elif args.optimizer == "lars":
-        optimizer = common.LARS(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)                        # LARC takes care of the decay
     collapsed_loss = math.log(args.num_prototypes) * (2 if args.mixture == "unmix" else 1)
@@ -271,7 +270,7 @@ def parse_args(argv=None):
     parser.add_argument("--small-size", type=common.count, help="side of the small crops in pixels")
     parser.add_argument("--small-scale", type=common.share,
                         help="smallest share of the image's area that a small crop has; the largest is --min-scale")
-    parser.add_argument("--optimizer", choices=["larc", "lars", "adamw"], help="the paper's is larc; lars leaves biases and norms alone")
+    parser.add_argument("--optimizer", choices=["larc", "adamw"], help="the paper's is larc: SGD with layer-wise adaptive rates")
     parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.8, 0.8, 0.8, 0.2)")
     parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur")
     parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a large crop has")
