@@ -113,12 +113,30 @@ def assert_equal_runs(a, b):
     assert states[0] and all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
 
 
-def run_killed(folder, script, *args, processes=1, times=3):
-    """Start the run, kill it without warning at a random moment, so many times over; it goes on afterwards, or under torchrun's eyes."""
+class Killed(BaseException):
+    pass
+
+
+def train_killed(script, *args, step):
+    """The run of `script`, a module, in this process, until `step` is done and nothing of it written: where a kill without warning would leave it."""
+    after = common.Run._after_step
+
+    def dying(run, stop):
+        if run.step == step:
+            raise Killed
+        after(run, stop)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "_after_step", dying)
+        train(script, *args)
+
+
+def run_killed(folder, script, *args, processes=1):
+    """Start the run in a process of its own and kill it without warning at a random moment, three times over; it goes on afterwards."""
     args = [*args, "--output", folder, "--save-every", 3]
     moments, log, kills = random.Random(processes), folder / "log.jsonl", 0
     folder.mkdir(exist_ok=True)
-    while kills < times:
+    while kills < 3:
         seen = len(log.read_text().splitlines()) if log.exists() else 0
         process = subprocess.Popen(command(script, *args, processes=processes), env=environment(), stderr=subprocess.DEVNULL,
                                    start_new_session=True)
@@ -152,12 +170,13 @@ def run_restarted(folder, script, *args):
 
 
 def check_resuming(folder, script, *args, processes):
-    """A run of `script`, a module, that is killed without warning and goes on is the one that was not, bit for bit; evaluate.py reads its checkpoint."""
+    """A run of `script`, a module, that is cut off and goes on is the one that was not, bit for bit; evaluate.py reads its checkpoint. With two processes
+    one of them is killed without warning, and torchrun starts both again."""
     import evaluate
     name = f"{script.__name__}.py"
     if processes == 1:
         train(script, *args, "--output", folder / "whole")
-        run_killed(folder / "killed", name, *args, times=1)
+        train_killed(script, *args, "--output", folder / "killed", "--save-every", 3, step=17)
         train(script, *args, "--output", folder / "killed", "--save-every", 3)
         evaluate.knn(evaluate.parse_args(["knn", str(folder / "whole" / "checkpoint.pt")]), torch.device("cpu"))
     else:
