@@ -30,7 +30,7 @@ reverse order, m = lambda x_q + (1 - lambda) reversed x_q or with a square of it
 
 Published: ImageNet, ResNet-50, 200 epochs: linear probe 60.6 % (v1), 67.5 % (v2), 71.1 % after 800 (v2).
 Ours: embedded shapes, `python moco.py` with seeds 0, 1, 2, 2026-11-21: kNN 75.4, 72.3, 75.5 % (untrained 21.9, 23.6, 28.2 %,
-pixels 37.0 %). ImageNet and CIFAR-10: not run yet.
+pixels 37.0 %). CIFAR-10: see the README. ImageNet: not run yet.
 
 Differs from the papers:
     - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.

@@ -20,7 +20,7 @@ health and 0 after a collapse.
 Published: ImageNet, ResNet-50: linear probe 68.1 % after 100 epochs, 71.3 % after 800 (batch 256, table 4; 68.1 % with 512 as well, table 2).
 CIFAR-10, ResNet-18: 91.8 % (appendix D).
 Ours: embedded shapes, `python simsiam.py` with seeds 0, 1, 2, 2026-11-21: kNN 62.4, 61.3, 64.6 % (untrained 21.9, 23.6, 28.2 %,
-pixels 37.0 %). ImageNet and CIFAR-10: not run yet.
+pixels 37.0 %). CIFAR-10: see the README. ImageNet: not run yet.
 
 Differs from the paper:
     - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.

@@ -311,7 +311,7 @@ def test_misuse(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.huge
 def test_a_step_of_the_full_size_model(tmp_path):
-    """ResNet-161 on two images, with checkpointing: `pytest -s -m slow` says how much memory it took."""
+    """ResNet-161 on two images, with checkpointing: `pytest -s -m huge` says how much memory it took."""
     args = cpc_v2.parse_args(["--recipe", "imagenet"])
     torch.manual_seed(0)
     model = cpc_v2.CPC(args.arch, args.stem, args.norm, args.stages, args.directions, args.offsets, args.hidden, args.layers, args.dim, args.scale, True)
