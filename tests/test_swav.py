@@ -136,7 +136,7 @@ def test_unmix_puts_the_mixture_in_the_place_of_view_1(tmp_path, monkeypatch):
     (x1, *_), (mixed, share) = calls[0][1:]
     (_, views), (z, (first, second, of_mixed, *small)) = calls[1][1:]
     assert torch.equal(views[0], x1) and torch.equal(views[2], mixed) and len(views) == 5 and torch.equal(calls[2][1][1], z[0])
-    q = swav.sinkhorn(of_mixed, 0.05, 3)
+    q = swav.sinkhorn(of_mixed, swav.SHAPES["epsilon"], 3)
     for (_, (scores, codes, _), _), (m, code) in zip(calls[4:7], ((first, calls[2][2]), (of_mixed, q), (of_mixed.flip(0), q.flip(0)))):
         assert all(torch.allclose(a, b) for a, b in zip(scores, [m, second, *small])) and len(scores) == 4
         assert torch.allclose(codes[0], code) and torch.equal(codes[1], calls[3][2])
