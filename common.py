@@ -1050,7 +1050,7 @@ def _on_signal(number, _):
         raise KeyboardInterrupt
     _stop_signal = number
     if not _stepping:
-        raise Stopped(f"stopped by {signal.Signals(number).name} before the first step")
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
 
 
 def start():
@@ -1068,11 +1068,11 @@ def start():
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 
 
-def asked_to_stop():
-    """Whether a signal asked for the end, in any of the processes, for a loop of steps other than `Run`'s: from the first call on the signal waits for
-    the next one, at which all processes learn of it."""
+def asked_to_stop(last=False):
+    """Whether a signal asked for the end, in any of the processes, for a loop of steps other than `Run`'s: from the first call to the last a signal
+    waits for the next one, at which all processes learn of it."""
     global _stepping
-    _stepping = True
+    _stepping = not last
     flag = torch.tensor(int(_stop_signal is not None))
     if world_size() > 1:
         dist.all_reduce(flag)

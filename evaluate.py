@@ -1024,11 +1024,11 @@ def detect(args, device):
         return sum(network(*disturb(train, images, indices, args.color_drop)).values())
 
     def save_state(step):
-        stop = common.asked_to_stop()
+        stop = common.asked_to_stop(last=step == total)
         if common.rank() == 0 and (stop or step == total or step % args.save_every == 0):
             state = dict(settings=settings, step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
             common.write_atomically(file, lambda f: torch.save(state, f))
-        if stop and step < total:
+        if stop:
             raise common.Stopped(f"stopped after step {step} of {total}; the same command goes on from {file}")
 
     descend(args, batches, [optimizer], recipe, loss_of, total, step, save_state)

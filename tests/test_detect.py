@@ -1,4 +1,6 @@
 """evaluate.py detect: the official kit's figures, the VOC layout, training that goes on where it stopped, mistakes."""
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_detection_goes_on_where_it_stopped(checkpoint, few, tmp_path, monkeypat
     whole = ask("detect", checkpoint, *FAST, "--output", tmp_path / "whole")
     asked = iter([False, False, True])
     with monkeypatch.context() as m:
-        m.setattr(common, "asked_to_stop", lambda: next(asked))
+        m.setattr(common, "asked_to_stop", lambda last: next(asked))
         with pytest.raises(common.Stopped, match="after step 3 of 4"):
             ask("detect", checkpoint, *FAST, "--output", tmp_path / "cut")
     cut = ask("detect", checkpoint, *FAST, "--output", tmp_path / "cut")
@@ -126,6 +128,16 @@ def test_detection_goes_on_where_it_stopped(checkpoint, few, tmp_path, monkeypat
     assert a["step"] == b["step"] == 4 and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and whole["rows"] == cut["rows"]
     with pytest.raises(common.UserError, match="lr.*another --output"):
         ask("detect", checkpoint, *FAST, "--lr", "0.5", "--output", tmp_path / "cut")
+
+
+def test_a_signal_waits_for_the_end_of_a_step_and_not_for_the_evaluation(monkeypatch):
+    for name in ("_stop_signal", "_stepping"):
+        monkeypatch.setattr(common, name, getattr(common, name))
+    assert not common.asked_to_stop()
+    common._on_signal(signal.SIGTERM, None)
+    assert common.asked_to_stop(last=True)
+    with pytest.raises(common.Stopped, match="SIGTERM"):
+        common._on_signal(signal.SIGTERM, None)
 
 
 def test_an_encoder_without_a_fourth_stage_gets_new_blocks(checkpoint):
