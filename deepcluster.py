@@ -25,7 +25,8 @@ Start value: below ln K = 8.006 for 3000 prototypes, as the clusters are those o
 and the log says so.
 
 Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96, batch 4096, 800 epochs: linear probe 75.2 % (official README).
-Ours: not run yet to its end. Six of 22 epochs of an earlier recipe for the embedded shapes, with four small crops: kNN 29.2 % (untrained 21.9 %).
+Ours: embedded shapes, `python deepcluster.py`, 335 seconds of one CPU core, 2026-11-21: kNN 56.5 % (untrained 21.9 %, pixels 37.0 %). CIFAR-10: see
+the README. ImageNet: not run yet.
 
 Differs from the official code:
     - Every process keeps the memory of all images (1.3 GB for ImageNet, in the checkpoint too) and clusters a share of it; there each keeps those that

@@ -23,8 +23,8 @@ Start value ln(m + 1) = 8.32 for 4096 drawn rows, for NCE about 1 more. With `--
 
 Published: ImageNet, ResNet-50: linear probe 54.0 %, nearest neighbours 46.8 % (official README: NCE, 4096). Softmax: 57.1 %, with 16384 drawn rows 58.5 %
 (README of CMC, which has 56.5 % for NCE).
-Ours: embedded shapes, `python insdis.py`, 276 seconds of one CPU core, 2026-11-21: kNN 67.1 % (untrained 21.9 %, pixels 37.0 %). ImageNet and
-CIFAR-10: not run yet.
+Ours: embedded shapes, `python insdis.py`, 276 seconds of one CPU core, 2026-11-21: kNN 67.1 % (untrained 21.9 %, pixels 37.0 %). CIFAR-10: see
+the README. ImageNet: not run yet.
 
 Differs from the paper:
     - The proximal regularisation (equations 9 and 10) is the bank's momentum, as in the official code.
