@@ -21,11 +21,13 @@ Notation. N images in the batch of one process, n in the data set.
     v            memory                    (2, n, d)      the two banks, a buffer that all processes hold alike
     m, tau       negatives, temperature
 
-Start value 2 ln(m + 1) = 19.41 for 16384 drawn rows, for NCE about 2 more. With `--negatives 0` the sum is over the whole bank and the start 2 ln n.
+Start value 2 ln(m + 1) + 1 / (d tau^2) = 21.0 for 16384 drawn rows, for NCE about 2 more. With `--negatives 0` the sum is over the whole bank, and the
+start has ln n for ln(m + 1). The log's `bound`, ln(m + 1) or ln n minus the mean of the two directions' losses, is that of insdis.py, of one half of
+the channels on which image it is of.
 
 Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows both networks images with others
-blended or pasted into them and leaves the loss alone. `--mixture unmix` is our transfer of Un-Mix (2022), which its authors tried with other methods: a
-view of the batch mixed with itself in reverse order, m = lambda x + (1 - lambda) reversed x or with a square of it, adds
+of the batch blended or pasted into them and leaves the loss alone. `--mixture unmix` is our transfer of Un-Mix (2022), which its authors tried
+with other methods: a view of the batch mixed with itself in reverse order, m = lambda x + (1 - lambda) reversed x or with a square of it, adds
 lambda L(m) + (1 - lambda) L(reversed m), against the same banks, which hold whole images.
 
 Published: ImageNet, two ResNet-50 of twice the width: linear probe 68.4 % (paper). ImageNet-100, two of half the width, YCbCr, softmax, 4096: 75.8 %
@@ -225,7 +227,9 @@ def train(args, device):
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    run = common.Run("cmc", args, model, optimizer, batches)
+    losses, candidates = 4 if args.mixture == "unmix" else 2, args.negatives + 1 if args.negatives else len(data)
+    run = common.Run("cmc", args, model, optimizer, batches,
+                     entries=lambda loss: dict(bound=math.log(candidates) - loss / losses) if args.loss == "softmax" else {})
 
     network = model
     if common.world_size() > 1:

@@ -1190,7 +1190,7 @@ class Parser(LineParser):
         add("--batch-size", type=count, help="images in a batch over all processes")
         add("--lr", type=positive, help="learning rate per 256 images")
         add("--weight-decay", type=not_negative, help="of the optimizer")
-        add("--warmup-epochs", type=not_negative, help="epochs of linear rise, before the cosine fall")
+        add("--warmup-epochs", type=not_negative, help="epochs in which the rate rises")
         add("--workers", type=whole, default=min(16, os.cpu_count() or 1), help="processes that read image files, for each training process")
         add("--seed", type=seed, default=0, help="of everything that is drawn")
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

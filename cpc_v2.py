@@ -25,19 +25,23 @@ Ours: embedded shapes, `python cpc_v2.py`, 365 seconds of one CPU core, 2026-11-
 
 Left open by the paper, chosen here:
     - The printed code uses one offset, k = 3 (`range(2, 3)`); `--offsets 3 4 5` is the other reading. Mean over contexts, sum over offsets, mean
-      over directions. Each direction has its own predictors and its own W, which serves all its offsets.
+      over directions. Each direction has its own predictors, with offsets, and its own W, which serves all its offsets.
     - ResNet-161 is counted as stages of 3, 4 and 46 pre-activation blocks with 64-256, 128-512 and 512-4096 channels: 303.6 M parameters. The
       paper says 305 M; with one target layer and four predictors it is 304.95 M, which would leave out four context networks of 12.15 M.
     - Layer norm is over the channels and places of one patch, with scale and offset for each channel, wherever a pre-activation ResNet has a norm.
     - The last ReLU of the context network comes once, after its five blocks. No rate schedule, no weight decay.
-    - Images are mirrored at random as a whole. Of AutoAugment's operations the strength is uniform over its table's range, the filling is
-      grey, the interpolation linear. Elastic deformation and shear share a coin; the colour-histogram operation is a random curve for each channel.
+    - Images are mirrored at random as a whole, and normalised by ImageNet's mean and deviation. Of AutoAugment's operations cutout and sample pairing
+      are left out, the strength is uniform over its table's range, the filling is grey, the interpolation linear. Elastic deformation and shear share a coin; the colour-histogram operation is a random curve for each channel.
     - Colour dropping leaves one channel; the other two become their mean.
 
 Differs from the paper:
     - The order of the colour operations is drawn for every 64 patches (on a CPU at 80 pixels: 40) instead of for each.
+    - The candidates are those of a process: 64 x 36 in the command below, 16 x 36 on the paper's 32 workers. `--gather` takes those of all.
+    - Inception's contrast is about the mean brightness of the patch, not of each channel, and colours are clipped after each operation.
     - The average of the weights starts at the initial ones, as an exponential average with momentum 0.9999.
-    - The recipes `small` and `shapes` are ours: small patches of enlarged small images and a narrow ResNet's first three stages.
+    - The recipes `small` and `shapes` are ours: small patches of enlarged small images, a narrow ResNet's first three
+      stages, and fewer context blocks: at 7 rows a context sees three rows above its own and no more. ResNet-50 is taken with three stages too; the
+      figure above is likely of four (`--stages 4`).
 
 Usage:
     python cpc_v2.py                                                              four minutes on two CPU cores
@@ -112,13 +116,14 @@ def extract_patches(images, size, stride):
 
 @common.by_pieces
 def augment(x, patch_augment):
-    """Patches (M, 3, s, s) in 0..1 -> the same form, each with its own draws, normalised."""
+    """Patches (M, 3, s, s) in 0..1 -> the same form, each with its own draws, normalised. In float32, since evaluate.py calls it under autocast."""
     if patch_augment == "full":
-        x = common.autoaugment_primitives(x, count=2)                                      # (i)
-        x = common.elastic(x, p=0.2)                                                       # (ii)
-        x = common.color_curves(x, p=0.2)
-        x = common.color_jitter(x, 32 / 255, (0.5, 1.5), (0.5, 1.5), 0.2, p=0.8, additive=True)      # (iii), Inception's
-        x = common.grayscale(x, p=0.25)                                                    # (iv)
+        with torch.autocast(x.device.type, enabled=False):
+            x = common.autoaugment_primitives(x, count=2)                                  # (i)
+            x = common.elastic(x, p=0.2)                                                   # (ii)
+            x = common.color_curves(x, p=0.2)
+            x = common.color_jitter(x, 32 / 255, (0.5, 1.5), (0.5, 1.5), 0.2, p=0.8, additive=True)      # (iii), Inception's
+            x = common.grayscale(x, p=0.25)                                                # (iv)
     x = common.normalize(x, MEAN, STD)
     if patch_augment == "drop":
         kept = torch.randint(3, (len(x),))
@@ -249,6 +254,10 @@ def train(args, device):
         raise common.UserError(f"--patch-size {args.patch_size}: larger than the crop of --size {args.size}")
     if args.size > args.resize:
         raise common.UserError(f"--size {args.size}: larger than the image of --resize {args.resize}")
+    if args.patch_size < 3 and args.patch_augment == "full":
+        raise common.UserError(f"--patch-size {args.patch_size}: --patch-augment full sharpens and needs at least 3")
+    if args.checkpointing and args.norm == "batch":
+        raise common.UserError("--checkpointing: computes blocks twice, which would move the statistics of --norm batch twice")
     if args.stages > (3 if args.arch.startswith("resnet161") else 4):
         raise common.UserError(f"--stages {args.stages}: {args.arch} has 3")
     if max(args.offsets) >= rows:

@@ -29,8 +29,9 @@ Ours: embedded shapes, `python deepcluster.py`, 335 seconds of one CPU core, 202
 the README. ImageNet: not run yet.
 
 Differs from the official code:
-    - Every process keeps the memory of all images (1.3 GB for ImageNet, in the checkpoint too) and clusters a share of it; there each keeps those that
-      it saw first, and k-means starts from the first process's. Images not seen yet, less than a batch in the first epochs, count as a loss of 0.
+    - Every process keeps the memory of all images (1.3 GB for ImageNet, in the checkpoint too) and clusters a share of it; there each keeps those of
+      the last epoch, and k-means starts from the first process's. An image that the last epoch left out keeps its older embedding, there it has no
+      cluster. Images not seen yet, less than a batch in the first epochs, count as a loss of 0.
     - BN is synchronised over all processes, there in groups of 8.
     - The order of the colour operations is drawn for every 64 images instead of for each. The standard deviation is 0.229, not 0.228.
     - The recipes for small images are ours.
@@ -119,6 +120,8 @@ class DeepCluster(nn.Module):
     def cluster(self, iterations):
         """New prototypes and assignments from the memory, for each head."""
         seen = self.memory[0].any(1)                                                      # (n,)
+        if seen.sum() < self.prototypes.shape[1]:
+            raise common.UserError(f"--num-prototypes {self.prototypes.shape[1]}: more than the {seen.sum()} images that could be read")
         for head in range(len(self.prototypes)):
             self.prototypes[head], found = spherical_kmeans(self.memory[head % 2][seen], self.prototypes.shape[1], iterations)
             self.assignments[head, seen] = found
@@ -143,10 +146,9 @@ def spherical_kmeans(features, num_clusters, iterations):
     features keeps its centroid.
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    start = torch.randperm(len(features))[:num_clusters].to(features.device)
+    centroids, mine = features[torch.randperm(len(features))[:num_clusters].to(features.device)], features[rank::processes]
     if processes > 1:
-        dist.broadcast(start, 0)                                                          # the same in every process
-    centroids, mine = features[start], features[rank::processes]
+        dist.broadcast(centroids, 0)                                                      # the same in every process
     for _ in range(iterations):
         sums = torch.zeros_like(centroids).index_add_(0, nearest(mine, centroids), mine)  # (K, d)
         if processes > 1:
@@ -212,8 +214,11 @@ def train(args, device):
     warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
 
     if run.step == 0:                                                        # a pass to fill the memory
-        for views, indices, broken in common.stream(batches, range(len(batches)), args.workers, device):
+        for i, (views, indices, broken) in enumerate(common.stream(batches, range(len(batches)), args.workers, device)):
+            if common.asked_to_stop(last=i == len(batches) - 1):
+                raise common.Stopped("stopped before the first step")
             common.note_broken(data, broken)
+            common.seed_all(args.seed, i, common.rank(), 2)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z = network([augment(x, args.color_strength, args.blur) for x in views[:2]])
             model.remember(z, indices.to(device))

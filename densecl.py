@@ -28,6 +28,7 @@ README. ImageNet: not run yet.
 
 Differs from the paper:
     - The order of the colour operations is drawn for every 64 images instead of for each. The cosine falls in every step, not once an epoch.
+    - The global head starts from torch's initialisation, the official one from Kaiming's (weights 2.4 times as large).
     - The recipes for small images are ours, after moco.py's; with the 3x3 stem an image of 32 pixels has 4 x 4 places.
 
 Usage:

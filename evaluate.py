@@ -64,8 +64,8 @@ FINETUNE = {
     "simclr": [dict(BASE, epochs=(60, 30), batch_size=4096, lr=(0.05, 0.05), head_lr=(0.05, 0.05), nesterov=True)],      # B.5
     "byol": [dict(BASE, epochs=(50, 30), batch_size=1024, lr=(0.05, 0.05), head_lr=(0.05, 0.05), nesterov=True)],        # out of its sweep
     "swav": [dict(BASE, epochs=(20, 20), lr=(0.02, 0.01), head_lr=(5, 0.2), drops=(0.6, 0.8), factor=0.2)],              # eval_semisup.py
-    "cpc": [dict(BASE, epochs=(100, 100), batch_size=32, lr=(0, 0), head_lr=(0.8, 0.8), weight_decay=1e-4, drops=()),    # C.2: out of
-            dict(BASE, epochs=(30, 30), batch_size=32, lr=(8e-4, 8e-4), head_lr=(0.08, 0.08), weight_decay=1e-4, drops=())],    # its ranges
+    "cpc": [dict(BASE, epochs=(100, 100), batch_size=32, lr=(0, 0), head_lr=(0.8, 0.8), weight_decay=1e-4, drops=()),    # C.2: out of its
+            dict(BASE, epochs=(30, 30), batch_size=32, lr=(8e-4, 8e-4), head_lr=(0.08, 0.08), weight_decay=1e-4, drops=())],    # ranges; there a worker's 32
 }
 SUPERVISED = [dict(BASE, epochs=(180, 90), lr=(0.1, 0.1), head_lr=(0.1, 0.1), nesterov=True, weight_decay=1e-4)]         # our choice
 IOUS = [0.5 + 0.05 * t for t in range(10)]
@@ -181,6 +181,8 @@ def load_encoder(args, device):
         why = " ".join(str(e).split())[:200]
         raise common.UserError(f"{args.checkpoint}: its encoder does not fit {checkpoint['encoder_config']} ({why})") from None
     encoder.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    if checkpoint["method"] in ("supcon", "SupContrast") and args.baseline is None:
+        common.say(f"{args.checkpoint}: supervised, it learned from labels")
     return encoder, encoder.dim, checkpoint
 
 
@@ -377,8 +379,12 @@ def linear(args, device):
     if args.batch_size is None:
         recipe["batch_size"] = min(recipe["batch_size"], 4096 if train.in_workers else 256)
     if args.protocol == "cpc":
-        encoder = PatchGrid(encoder, checkpoint["args"])
-        crop, change = cpc_v2.RandomCrop(size, checkpoint["args"]["resize"], flip=0.5), lambda x: encoder(x, disturb=True)
+        settings_there = checkpoint["args"]
+        if not settings_there["patch_size"] <= size <= settings_there["resize"]:
+            raise common.UserError(f"--size {size}: not in {settings_there['patch_size']}..{settings_there['resize']}, this checkpoint's patch and image")
+        encoder = PatchGrid(encoder, settings_there).eval()
+        checkpoint["input"]["fraction"] = size / settings_there["resize"]
+        crop, change = cpc_v2.RandomCrop(size, settings_there["resize"], flip=0.5), lambda x: encoder(x, disturb=True)
         make = lambda: patch_classifier(dim, classes)
     else:
         crop = common.Crop(1, size, (0.08, 1.0), flip=0.5, interpolation=interpolation)
@@ -408,7 +414,7 @@ def linear(args, device):
 
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()), "the frozen encoder moved"
     h, truth = common.features(encoder, val, checkpoint["input"], args.workers, args.precision)
-    logits = torch.cat([predict(piece.float()) for piece in h.split(16384)])
+    logits = torch.cat([predict(piece.float()) for piece in h.split(max(1, 2 ** 25 // h[0].numel()))])
     report(args, checkpoint, name, settings, dict(top1=accuracy(logits, truth), top5=accuracy(logits, truth, 5)))
     if common.rank() == 0:
         draw_confusion(args, logits.argmax(1), truth)
@@ -440,6 +446,7 @@ def train_heads(args, device, recipe, rates, data, make, crop=None, change=lambd
             return sum(F.cross_entropy(network(x), y) for network in networks)
 
     descend(args, batches, [optimizer], recipe, loss_of, recipe["epochs"] * len(batches))
+    agree(heads)
     return heads.requires_grad_(False).eval()
 
 

@@ -22,11 +22,13 @@ In a single process there is but one batch; --bn-splits makes BatchNorm see it i
 
 Start value ln(K + 1) = 11.09 for K = 65536, once the queue is full of keys. The log's `bound`, ln(K + 1) - loss, is a lower bound on the mutual
 information of query and key as in simclr.py, and cannot exceed ln(K + 1). But it holds only if the keys of the queue are distributed like k+: they
-come from older networks, and the faster these change the less it means; nothing before the queue is full of keys.
+come from older networks, and the faster these change the less it means; nothing before the queue is full of keys. Where several losses are added
+(`--symmetric`, `--mixture unmix`) both are meant for their mean.
 
-Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows the network images with others blended
-or pasted into them, the same in both views, and leaves the loss alone. `--mixture unmix`, Un-Mix of 2022, adds a query of the batch mixed with itself in
-reverse order, m = lambda x_q + (1 - lambda) reversed x_q or with a square of it, and the loss  lambda L(m, k) + (1 - lambda) L(reversed m, k).
+Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows the network images with others of the
+batch blended or pasted into them, the same in both views, and leaves the loss alone. `--mixture unmix`, Un-Mix of 2022, adds a query of the batch mixed
+with itself in reverse order, m = lambda x_q + (1 - lambda) reversed x_q or with a square of it, and the loss
+lambda L(m, k) + (1 - lambda) L(reversed m, k).
 
 Published: ImageNet, ResNet-50, 200 epochs: linear probe 60.6 % (v1), 67.5 % (v2), 71.1 % after 800 (v2).
 Ours: embedded shapes, `python moco.py` with seeds 0, 1, 2, 2026-11-21: kNN 75.4, 72.3, 75.5 % (untrained 21.9, 23.6, 28.2 %,
@@ -226,7 +228,7 @@ def train(args, device):
         optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(learned, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    losses = 2 if args.symmetric else 1                                      # which are added
+    losses = (2 if args.symmetric else 1) * (2 if args.mixture == "unmix" else 1)      # which are added
     run = common.Run("moco", args, model, optimizer, batches, MEAN, STD, entries=lambda loss: dict(bound=math.log(args.queue_size + 1) - loss / losses))
 
     network = model

@@ -32,7 +32,9 @@ Differs from the paper:
     - The averaging over positives stands outside the logarithm, the better of the paper's two losses; the other one is not here.
     - Recipe `small` is the official code's for CIFAR-10. The paper's ImageNet run (larger batches, other augmentations) is not here, nor is the queue
       of the official ImageNet model: recipe `imagenet` is ours. So is that of the embedded `shapes`.
-    - The warm-up rises from 0. The cosine falls in every step, not once an epoch. Images are normalised by ImageNet's mean and deviation.
+    - BN is synchronised over the processes; there each GPU has its own.
+    - The warm-up rises from 0. The cosine begins after it, there with the run, and falls in every step, not once an epoch. Images are normalised by ImageNet's
+      mean and deviation.
     - The order of the colour operations is drawn for every 64 images instead of for each.
 
 Usage:

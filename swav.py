@@ -20,10 +20,10 @@ Notation. N images in the batch of one process, W processes.
 Start value ln K = 8.006 for 3000 prototypes. A loss that stays there is a collapse (all images have the same code), and the log says so: a smaller
 --epsilon (0.03) or a longer --freeze-epochs helps.
 
-Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows the network images with others blended
-or pasted into them, the same in all crops, and leaves the loss alone. `--mixture unmix`, Un-Mix of 2022, adds a view of the batch mixed with itself in
-reverse order, m = lambda x_1 + (1 - lambda) reversed x_1 or with a square of it; with m in place of x_1, code and prediction, the loss gets
-lambda L(m, x_2 ...) + (1 - lambda) L(reversed m, x_2 ...). The official code mixes every second crop, small ones too, and reverses m's code alone.
+Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows the network images with others of the
+batch blended or pasted into them, the same in all crops, and leaves the loss alone. `--mixture unmix`, Un-Mix of 2022, adds a view of the batch mixed
+with itself in reverse order, m = lambda x_1 + (1 - lambda) reversed x_1 or with a square of it; with m in place of x_1, code and prediction, the loss
+gets lambda L(m, x_2 ...) + (1 - lambda) L(reversed m, x_2 ...). The official code mixes every second crop, small ones too, and reverses m's code alone.
 
 Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96, batch 4096: linear probe 72.1 / 73.9 / 74.6 / 75.3 % after 100 / 200 / 400 / 800 epochs
 (official README).
@@ -120,13 +120,14 @@ class SwAV(nn.Module):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     @torch.no_grad()
-    def codes(self, z, scores, crop, use_queue, epsilon, iterations):
-        """Codes (N, K) of large crop 0 or 1 (section 3.1). The queue's images take part in the equal shares; then these z (N, d) enter it."""
+    def codes(self, z, scores, crop, use_queue, epsilon, iterations, remember=True):
+        """Codes (N, K) of large crop 0 or 1 (section 3.1). The queue's images take part in the equal shares; then these z (N, d) enter it, if it
+        is to `remember` them."""
         scores, n = scores.detach(), len(z)
         if use_queue and self.queue[crop, -1].any():                                      # once it is full
             mine = self.queue[crop].view(-1, common.world_size(), n, z.shape[1])[:, common.rank()].flatten(0, 1)
             scores = torch.cat([mine @ self.prototypes.weight.T, scores])                 # with the prototypes of today
-        if use_queue:
+        if use_queue and remember:
             newest = gather(z.detach())
             self.queue[crop] = torch.cat([newest, self.queue[crop, :-len(newest)]])
         return sinkhorn(scores, epsilon, iterations)[-n:]
@@ -232,10 +233,11 @@ def train(args, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z, scores = network(views)                                       # V of (N, d), V of (N, K)
         use_queue = queue_size > 0 and step >= args.queue_start * len(batches)
+        if args.mixture == "unmix":                                          # whose code is found beside view 1's queue, but never enters it
+            q = model.codes(z[2], scores[2], 0, use_queue, args.epsilon, args.iterations, remember=False)
         codes = [model.codes(z[i], scores[i], i, use_queue, args.epsilon, args.iterations) for i in (0, 1)]
         if args.mixture == "unmix":                                          # the mixture in place of view 1, in both orders
             first, second, mixed, *small = scores
-            q = sinkhorn(mixed.detach(), args.epsilon, args.iterations)
             loss = (swapped_prediction([first, second, *small], codes, args.temperature)
                     + share * swapped_prediction([mixed, second, *small], [q, codes[1]], args.temperature)
                     + (1 - share) * swapped_prediction([mixed.flip(0), second, *small], [q.flip(0), codes[1]], args.temperature))

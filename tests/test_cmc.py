@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import cmc
 import evaluate
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train, watch
+from conftest import BOOKS, TINY, check_bound, check_resuming, check_two_processes, logged, mistake, train, watch
 from test_insdis import nce_by_loops, softmax_by_loops
 
 TINY = [*TINY, "--arch", "resnet10x0.125", "--dim", "16"]                      # halves of 4 channels
@@ -131,11 +131,13 @@ def test_unmix_weighs_two_right_rows_by_their_shares(tmp_path, monkeypatch):
     losses = [loss.item() for name, _, loss in calls[:12] if name == "instance_softmax"]
     expected = sum(weight * sum(losses[i:i + 2]) for weight, i in ((1, 0), (share, 2), (1 - share, 4)))
     assert calls[13][1][1].item() == pytest.approx(expected, rel=1e-5) and len(calls[13][1][4]) == 2
+    check_bound(tmp_path, 5000, losses=4)
 
 
 def test_rate_falls_in_steps(tmp_path):
     train(cmc, *TINY, "--schedule", "steps", "--warmup-epochs", 0, "--lr", 0.01, "--batch-size", 832, "--epochs", 1, "--log-every", 1, "--output", tmp_path)
     assert logged(tmp_path, "lr") == pytest.approx([0.01 * 832 / 256 * fall for fall in (1, 1, 1, 0.1, 0.01, 0.001)])
+    check_bound(tmp_path, 5000, losses=2)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])

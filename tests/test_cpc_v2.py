@@ -256,16 +256,19 @@ def loss(network, mine):
 """)
 
 
-@pytest.mark.parametrize("processes,extra", [(1, ["--patch-augment", "full", "--stride", "6", "--offsets", "1"]),
+@pytest.mark.parametrize("processes,extra", [(1, ["--patch-augment", "full", "--stride", "6", "--offsets", "1", "--norm", "batch"]),
                                              pytest.param(2, ["--patch-augment", "drop", "--gather", "--directions", "2"], marks=pytest.mark.slow)])
 def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes, extra, capsys):
     """All of it: weights, their average, Adam's moments."""
     check_resuming(tmp_path, cpc_v2, *TINY, *extra, *BOOKS, processes=processes)
     check_bound(tmp_path / "whole", *((200 * 4, 1) if processes == 1 else (200 * 9, 2)))       # patches of all images, offsets
     if processes == 1:
-        asked = ["linear", str(tmp_path / "whole" / "checkpoint.pt"), "--protocol", "cpc", "--epochs", "2", "--lr", "0.01", "--no-augment"]
+        asked = ["linear", str(tmp_path / "whole" / "checkpoint.pt"), "--protocol", "cpc", "--epochs", "2", "--lr", "0.01", "--no-augment", "--sweep"]
         evaluate.linear(evaluate.parse_args(asked), torch.device("cpu"))
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] > 12
+        for size in ("5", "14"):                                    # patches have 6 pixels, images 13
+            with pytest.raises(common.UserError, match=f"--size {size}: not in 6..13"):
+                evaluate.linear(evaluate.parse_args([*asked, "--size", size]), torch.device("cpu"))
         asked = ["finetune", asked[1], "--protocol", "cpc", "--labels", "20", "--subset", "random", "--epochs", "2", "--batch-size", "32"]
         evaluate.finetune(evaluate.parse_args(asked), torch.device("cpu"))
         said = capsys.readouterr()
@@ -304,7 +307,8 @@ def test_misuse(tmp_path, capsys):
     for args, words in ((["--offsets", "0"], "--offsets"), (["--offsets", "3"], "--offsets 3: there are only 3 rows of patches"),
                         (["--patch-size", "13"], "--patch-size 13: larger than the crop"), (["--resize", "11"], "--size 12: larger than the image"),
                         (["--directions", "3"], "--directions"), (["--norm", "group"], "--norm"), (["--patch-augment", "some"], "--patch-augment"),
-                        (["--clip", "0"], "--clip"), (["--arch", "resnet161", "--stages", "4"], "--stages 4"), (["--batch-size", "9999"], "larger than the data set")):
+                        (["--clip", "0"], "--clip"), (["--patch-size", "2"], "--patch-size 2: --patch-augment full"), (["--checkpointing", "--norm", "batch"], "--checkpointing"),
+                        (["--arch", "resnet161", "--stages", "4"], "--stages 4"), (["--batch-size", "9999"], "larger than the data set")):
         assert words in mistake(cpc_v2, [*TINY, *args, "--output", tmp_path]) + capsys.readouterr().err
 
 

@@ -90,7 +90,7 @@ def loss(network, mine):
     return deepcluster.cluster_prediction(F.normalize(network(x[:, mine]), dim=2), prototypes, assignments[:, mine], 0.1)
 features = F.normalize(torch.randn(31, 6).double(), dim=1)
 torch.manual_seed(1)
-whole_centroids, whole_assignments = deepcluster.spherical_kmeans(features, 4, 5)
+alone = [deepcluster.spherical_kmeans(*case, 5) for case in ((features, 4), (features, 20), (features[:2].repeat(10, 1), 5))]     # K over a process's share; empty clusters
 z, indices = torch.randn(2, 8, 4), torch.randperm(20)[:8]
 def remembered(mine):
     holder = deepcluster.DeepCluster("resnet10x0.0625", "small", 8, 4, 3, 5, 20)
@@ -99,8 +99,9 @@ def remembered(mine):
 whole_memory = remembered(slice(0, 8))
 """, """
 torch.manual_seed(1 + common.rank())                            # the start is the first process's
-centroids, found = deepcluster.spherical_kmeans(features, 4, 5)
-assert (centroids - whole_centroids).abs().max() < 1e-12 and torch.equal(found, whole_assignments)
+for (centroids, found), case in zip(alone, ((features, 4), (features, 20), (features[:2].repeat(10, 1), 5))):
+    mine, mine_found = deepcluster.spherical_kmeans(*case, 5)
+    assert (mine - centroids).abs().max() < 1e-12 and torch.equal(mine_found, found)
 assert torch.equal(remembered(parts[common.rank()]), whole_memory) and whole_memory.any()
 """)
 

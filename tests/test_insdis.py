@@ -1,4 +1,5 @@
 """insdis.py: the losses against their equations, the memory bank, one process against two, whole runs."""
+import json
 import math
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import insdis
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train, watch
+from conftest import BOOKS, TINY, check_bound, check_resuming, check_two_processes, logged, mistake, train, watch
 
 TINY = [*TINY, "--dim", "16"]
 NCE = ["--loss", "nce", "--negatives", "20"]
@@ -47,6 +48,12 @@ def test_losses_start_where_the_docstring_says():
     equal = torch.zeros(3, 4097)
     assert insdis.instance_softmax(equal, 0.07).item() == pytest.approx(math.log(4097), rel=1e-6)
     assert insdis.nce(equal.double(), 1e6, 0.07, 10 ** 6, eps=0).item() == pytest.approx(math.log(4097) + 1, rel=1e-3)       # Z = n: every P is 1 / n
+    torch.manual_seed(0)
+    model = insdis.InsDis("resnet10x0.0625", "small", 128, 20000)
+    scores = model.scores(F.normalize(torch.randn(64, 128), dim=1), torch.arange(64), 4096)
+    model.estimate_normalizer(scores, 0.07)
+    assert insdis.instance_softmax(scores, 0.07).item() == pytest.approx(9.12, abs=0.5)     # the own row's cosine is anything yet
+    assert insdis.nce(scores, model.normalizer, 0.07, 20000).item() == pytest.approx(10.12, abs=0.5)
 
 
 def test_scores_are_those_of_the_own_row_and_of_rows_drawn_uniformly():
@@ -107,13 +114,14 @@ def test_order_of_a_step_and_the_constant_of_the_first_batch(tmp_path, monkeypat
     assert [name for name, _, _ in calls] == ["scores", "estimate_normalizer", "nce", "remember"] + ["scores", "nce", "remember"] * 9
     checkpoint, first = torch.load(tmp_path / "checkpoint.pt"), calls[0][2]
     assert first.shape == (500, 21) and checkpoint["model"]["normalizer"].item() == pytest.approx(5000 * (first / 0.2).exp().mean().item(), rel=1e-5)
-    assert "Z = " in capsys.readouterr().err
+    assert "Z = " in capsys.readouterr().err and "bound" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert (checkpoint["model"]["memory"].norm(dim=1) - 1).abs().max() < 1e-5              # all 5000 were visited
 
 
 def test_rate_falls_in_steps(tmp_path):
     train(insdis, *TINY, "--schedule", "steps", "--warmup-epochs", 0, "--lr", 0.01, "--batch-size", 1000, "--epochs", 1, "--log-every", 1, "--output", tmp_path)
     assert logged(tmp_path, "lr") == pytest.approx([0.01 * 1000 / 256 * fall for fall in (1, 1, 1, 0.1, 0.01)])
+    check_bound(tmp_path, 5000)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -148,12 +148,13 @@ def test_unmix_weighs_two_right_keys_by_their_shares(tmp_path, monkeypatch, symm
     assert torch.equal(results["forward"][-1][0][1], mixed) and q_mixed.shape == q.shape
     right = [k, results["forward"][1][1][1]] if symmetric else [k]
     queue = results["info_nce"][0][0][2]
-    expected = sum(float(loss) for _, loss in results["info_nce"][:len(right)])
+    expected = sum(loss.item() for _, loss in results["info_nce"][:len(right)])
     for key in right:
         expected += share * moco.info_nce(q_mixed, key, queue, 0.2).item() + (1 - share) * moco.info_nce(q_mixed.flip(0), key, queue, 0.2).item()
     (_, loss, _, _, views), _ = results["log"][0]
     assert loss.item() == pytest.approx(expected, rel=1e-5) and len(views) == 3
     assert len(results["enqueue"][0][0][1]) == 500 * len(right)                # the mixture never enters the queue
+    check_bound(tmp_path, 2001, losses=2 * len(right))
 
 
 def test_mixture_of_2020_changes_pixels_only(tmp_path, monkeypatch):

@@ -106,6 +106,8 @@ def test_queue_is_used_once_full_and_newest_come_first():
         codes = model.codes(z, score(z), 1, True, 0.05, 3)
         before = torch.cat([batches[1], batches[0], z]) if i == 2 else z            # full after two batches
         assert torch.allclose(codes, swav.sinkhorn(score(before), 0.05, 3)[-4:], atol=1e-6)
+    codes = model.codes(batches[3], score(batches[3]), 1, True, 0.05, 3, remember=False)         # a mixture's: beside the queue, but not into it
+    assert torch.allclose(codes, swav.sinkhorn(score(torch.cat([batches[2], batches[1], batches[3]])), 0.05, 3)[-4:], atol=1e-6)
     assert torch.equal(model.queue[1], torch.cat([batches[2], batches[1]])) and not model.queue[0].any()
 
 
@@ -132,16 +134,17 @@ def test_prototypes_are_normalised_first_and_the_rate_ends_above_0(tmp_path, mon
 def test_unmix_puts_the_mixture_in_the_place_of_view_1(tmp_path, monkeypatch):
     calls = watch(monkeypatch, (swav.common, "unmix"), (swav.SwAV, "forward"), (swav.SwAV, "codes"), (swav, "swapped_prediction"), (swav.common.Run, "log"))
     train(swav, *TINY, "--mixture", "unmix", "--epochs", 1, "--output", tmp_path)
-    assert [name for name, _, _ in calls] == (["unmix", "forward", "codes", "codes"] + ["swapped_prediction"] * 3 + ["log"]) * 10
+    assert [name for name, _, _ in calls] == (["unmix", "forward", "codes", "codes", "codes"] + ["swapped_prediction"] * 3 + ["log"]) * 10
     (x1, *_), (mixed, share) = calls[0][1:]
     (_, views), (z, (first, second, of_mixed, *small)) = calls[1][1:]
-    assert torch.equal(views[0], x1) and torch.equal(views[2], mixed) and len(views) == 5 and torch.equal(calls[2][1][1], z[0])
+    assert torch.equal(views[0], x1) and torch.equal(views[2], mixed) and len(views) == 5
+    assert torch.equal(calls[2][1][1], z[2]) and torch.equal(calls[3][1][1], z[0])
     q = swav.sinkhorn(of_mixed, swav.SHAPES["epsilon"], 3)
-    for (_, (scores, codes, _), _), (m, code) in zip(calls[4:7], ((first, calls[2][2]), (of_mixed, q), (of_mixed.flip(0), q.flip(0)))):
+    for (_, (scores, codes, _), _), (m, code) in zip(calls[5:8], ((first, calls[3][2]), (of_mixed, q), (of_mixed.flip(0), q.flip(0)))):
         assert all(torch.allclose(a, b) for a, b in zip(scores, [m, second, *small])) and len(scores) == 4
-        assert torch.allclose(codes[0], code) and torch.equal(codes[1], calls[3][2])
-    losses = [loss.item() for _, _, loss in calls[4:7]]
-    assert calls[7][1][1].item() == pytest.approx(losses[0] + share * losses[1] + (1 - share) * losses[2], rel=1e-5)
+        assert torch.allclose(codes[0], code) and torch.equal(codes[1], calls[4][2])
+    losses = [loss.item() for _, _, loss in calls[5:8]]
+    assert calls[8][1][1].item() == pytest.approx(losses[0] + share * losses[1] + (1 - share) * losses[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
