@@ -369,7 +369,14 @@ def stream(batches, steps, workers, device):
 
 
 def note_broken(data, broken):
-    """Name each image that could not be read once. Raises UserError when they are more than 1 % of the data set."""
+    """Name each image that could not be read once. Raises UserError when they are more than 1 % of the data set. All processes call it together."""
+    if world_size() > 1:
+        some = torch.tensor(len(broken))
+        dist.all_reduce(some)
+        if some:
+            everyones = [None] * world_size()
+            dist.all_gather_object(everyones, broken)
+            broken = sum(everyones, [])
     for i in broken:
         if i not in data.broken:
             data.broken.add(i)
@@ -1041,7 +1048,7 @@ def say(message):
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]      # Windows has no SIGUSR1
-_stop_signal, _stepping = None, False                           # the signal that asked this process to stop; whether `Run` will see to it
+_stop_signal, _stepping = None, False                           # the signal that asked this process to stop; whether a loop will see to it
 
 
 def _on_signal(number, _):
@@ -1069,8 +1076,8 @@ def start():
 
 
 def asked_to_stop(last=False):
-    """Whether a signal asked for the end, in any of the processes, for a loop of steps other than `Run`'s: from the first call to the last a signal
-    waits for the next one, at which all processes learn of it."""
+    """Whether a signal asked for the end, in any of the processes, for a loop of steps: from the first call to the last a signal waits for the next
+    one, at which all processes learn of it."""
     global _stepping
     _stepping = not last
     flag = torch.tensor(int(_stop_signal is not None))
@@ -1371,7 +1378,8 @@ class Run:
             begin = time.perf_counter()
             crops, indices, broken = next(ready)
             self.waited += time.perf_counter() - begin
-            stop, self.indices = self._agree(broken), indices
+            stop, self.indices = asked_to_stop(), indices
+            note_broken(self.batches.data, broken)
             seed_all(self.args.seed, step, rank(), 1)           # 1: another stream of numbers than the crops'
             yield step, crops, indices
             self.step = step + 1
@@ -1404,20 +1412,6 @@ class Run:
         if stop and not last:
             name = signal.Signals(_stop_signal).name if _stop_signal else "a signal to another process"
             raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same command goes on from {self.checkpoint}")
-
-    def _agree(self, broken):
-        """Share among the processes whether one was asked to stop, and which images could not be read. Returns whether to stop after this step."""
-        stop = _stop_signal is not None
-        if world_size() > 1:
-            flags = torch.tensor([stop, len(broken) > 0], dtype=torch.int32)
-            dist.all_reduce(flags)
-            stop = bool(flags[0])
-            if flags[1]:
-                everyones = [None] * world_size()
-                dist.all_gather_object(everyones, broken)
-                broken = [i for others in everyones for i in others]
-        note_broken(self.batches.data, broken)
-        return stop
 
     def _settle_losses(self):
         """Turn what the steps since the last log line left into numbers, the losses averaged over the processes; stop at one that is not finite."""

@@ -90,9 +90,9 @@ IMAGENET, SWAV = ([[0.485, 0.456, 0.406], std] for std in ([0.229, 0.224, 0.225]
 CIFAR = [[0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]]
 LAYOUTS = (    # whose files; the backbone's prefix ("module." is dropped before); how one other name begins; mean, deviation of the input
     ("CMC", "encoder.l_to_ab.", "encoder.ab_to_l.", ([0, 0, 0], [1, 1, 1])), ("MoCo v1, v2", "encoder_q.", "", IMAGENET),
-    ("MoCo v3", "base_encoder.", "", IMAGENET), ("SimSiam", "encoder.", "predictor.", IMAGENET),
-    ("SupContrast", "encoder.", "head.", CIFAR), ("solo-learn", "encoder.", "classifier.", IMAGENET), ("InsDis", "encoder.", "", IMAGENET),
-    ("DINO", "backbone.", "head.", IMAGENET), ("solo-learn", "backbone.", "classifier.", IMAGENET),
+    ("MoCo v3", "base_encoder.", "", IMAGENET), ("solo-learn", "encoder.", "classifier.", IMAGENET),
+    ("solo-learn", "backbone.", "classifier.", IMAGENET), ("SimSiam", "encoder.", "predictor.", IMAGENET),
+    ("SupContrast", "encoder.", "head.", CIFAR), ("InsDis", "encoder.", "", IMAGENET), ("DINO", "backbone.", "head.", IMAGENET),
     ("Barlow Twins, VICReg", "backbone.", "projector.", IMAGENET), ("lightly", "backbone.", "", IMAGENET),
     ("DeepCluster-v2", "", "prototypes.prototypes0.", SWAV),
     ("SwAV", "", "prototypes.", SWAV), ("torchvision's layout", "", "", IMAGENET),
@@ -119,10 +119,11 @@ def read_checkpoint(path):
     small = config["stem"] == "small"
     if project == "CMC":
         _, encoder_ab, used_ab = describe(path, state, "encoder.ab_to_l.")
+        config["view"] = getattr(content.get("opt"), "view", "Lab").lower()
         encoder = {**{f"light.{k}": v for k, v in encoder.items()}, **{f"color.{k}": v for k, v in encoder_ab.items()}}
         used |= used_ab
     elif project == "solo-learn" and small:
-        config["padding"], (mean, std) = 2, CIFAR               # its 3x3 stem makes 34 pixels of 32
+        config["padding"], (mean, std) = 2, (CIFAR[0], [0.247, 0.243, 0.261])      # its 3x3 stem makes 34 pixels of 32
     left = [".".join(k.split(".")[:1 + prefix.count(".")]) for k in state.keys() - used]
     other = [k for k in content if content is not inner and content[k] is not inner]
     common.say(f"{path}: {project}, {config['arch']}, stem {config['stem']}; {len(used)} tensors read; left out: "
@@ -150,7 +151,7 @@ def describe(path, state, prefix):
         raise common.UserError(f"{path}: its backbone is no ResNet known here (blocks {counts}, {'bottleneck' if bottleneck else 'basic'})")
     stem, width = encoder["conv1.weight"], len(encoder["layer1.0.conv1.weight"])
     config = dict(arch=f"resnet{depth[0]}" + ("" if width == 64 else f"x{width / 64:g}"),
-                  norm="batch" if "bn1.running_mean" in encoder else "layer", stem="imagenet" if stem.shape[-1] == 7 else "small")
+                  norm="batch", stem="imagenet" if stem.shape[-1] == 7 else "small")
     return config if stem.shape[1] == 3 else dict(config, view="lab", stem_width=len(stem)), encoder, set(names)
 
 
@@ -229,7 +230,8 @@ def look(data, indices, checkpoint):
     """The test crops of the images at `indices`, (n, 3, S, S) in 0..1."""
     size, interpolation = (checkpoint["input"][k] for k in ("size", "interpolation"))
     (x,), _, broken = data.crop(indices.cpu(), [common.CenterCrop(size, interpolation=interpolation)], 0)
-    common.note_broken(data, broken)
+    if common.world_size() == 1:                                # otherwise all have read them before
+        common.note_broken(data, broken)
     return x.float() / 255 if data.in_workers else x
 
 
@@ -502,6 +504,8 @@ def scores(weights, h):
 
 def spectrum(h):
     """The mean (D,) of features (n, D), and the eigenvalues (D,) and eigenvectors (D, D) of their covariance, gone through in chunks."""
+    if h.shape[1] > 16384:
+        raise common.UserError(f"{h.shape[1]} numbers an image are too many for logistic regression; give a smaller --size")
     mean = sum(piece.double().sum(0) for piece in h.split(16384)) / len(h)
     covariance = sum((x := piece.double() - mean).T @ x for piece in h.split(16384)) / len(h)
     return mean.float(), *(a.float() for a in torch.linalg.eigh(covariance))
@@ -547,7 +551,8 @@ def logistic_regression(h, y, classes, l2, start=None, shape=None, iterations=10
 def choose_l2(train, val, metric, values):
     """(the best of `values` on `val`, its weights, its figure): one fit on `train` for each, the strongest first, each from where the last
     one ended."""
-    best, weights, classes, shape = (-1,), None, int(train[1].max()) + 1 if train[1].ndim == 1 else train[1].shape[1], spectrum(train[0])
+    classes = int(torch.cat([train[1], val[1]]).max()) + 1 if train[1].ndim == 1 else train[1].shape[1]
+    best, weights, shape = (-1,), None, spectrum(train[0])
     for l2 in sorted(map(float, values), reverse=True):
         weights = logistic_regression(*train, classes, l2, weights, shape)
         figure = measure(metric, scores(weights, val[0]), val[1])
@@ -590,14 +595,11 @@ def finetune(args, device):
     for subset, amount in sorted(((label_subset(train.labels, a, args.seed, args.subset == "balanced"), a) for a in args.labels),
                                  key=lambda s: len(s[0])):
         row, some, few = dict(labels=amount, images=len(subset)), take(train, subset), len(subset) <= 0.02 * len(train)
-        torch.manual_seed(args.seed)
-        logits, truth = tune(args, FINETUNE[args.protocol], copy.deepcopy(encoder), some, val, few, classes, checkpoint, device)
-        row.update(top1=accuracy(logits, truth), top5=accuracy(logits, truth, 5))
-        if args.supervised:
+        for prefix, phases in (("", FINETUNE[args.protocol]), ("baseline_", SUPERVISED))[:2 if args.supervised else 1]:
             torch.manual_seed(args.seed)
-            fresh = build(**checkpoint["encoder_config"]).to(device, memory_format=torch.channels_last)
-            logits, truth = tune(args, SUPERVISED, fresh, some, val, few, classes, checkpoint, device)
-            row.update(baseline_top1=accuracy(logits, truth), baseline_top5=accuracy(logits, truth, 5))
+            network = build(**checkpoint["encoder_config"]).to(device, memory_format=torch.channels_last) if prefix else copy.deepcopy(encoder)
+            logits, truth = tune(args, phases, network, some, val, few, classes, checkpoint, device)
+            row.update({f"{prefix}top1": accuracy(logits, truth), f"{prefix}top5": accuracy(logits, truth, 5)})
         common.say(", ".join(f"{k} {v}" for k, v in row.items()))
         rows.append(row)
     if args.supervised:
@@ -713,7 +715,7 @@ def image_list(name, kind, root, split, seed):
     top = root / {"sun397": "SUN397", "caltech101": "caltech101/101_ObjectCategories"}.get(name, name) if name in TRANSFER else Path(name)
     try:
         if kind:
-            data = getattr(torchvision.datasets, kind)(root, split=split, download=True)
+            data = getattr(torchvision.datasets, kind)(root, split=split, download=name != "cars")       # whose address is gone
             return data._samples if name == "cars" else list(zip(getattr(data, "_image_files", None) or data._images, data._labels))
         if name == "sun397":                                    # the first of the official partitions: lines like /a/abbey/sun_abc.jpg
             return [(str(top) + line, str(Path(line).parent)) for line in (top / f"{split}.txt").read_text().split()]
@@ -755,22 +757,15 @@ def transfer_splits(name, args, device):
             raise common.UserError(f"--datasets {name}: classes without training images: {', '.join(unknown)}")
         train, val, test = (part and common.Folder([str(p) for p, _ in part], [classes[c] for _, c in part]) for part in lists)
     if val is None:
-        train, val = hold_out(train, args.seed, min(held, len(train) // 5) or None)
+        train, val = hold_out(train, args.seed, min(held, len(train) // 4) or None)
     return train, val, test, metric
 
 
 def transfer(args, device):
     encoder, _, checkpoint = load_encoder(args, device)
     whole, rows = dict(checkpoint["input"], fraction=1.0, interpolation="bicubic"), []      # the shorter side resized, the central square
-    for name in args.datasets:
-        *parts, metric = transfer_splits(name, args, device)
-        sets = []
-        for part in parts:
-            labels, part.labels = part.labels, torch.arange(len(part))                      # several labels are looked up afterwards
-            h, order = common.features(encoder, part, whole, args.workers, args.precision)
-            part.labels = labels
-            sets.append((h, labels[order.cpu()].to(h.device)))
-        train, val, test = sets
+    for name, (*parts, metric) in [(name, transfer_splits(name, args, device)) for name in args.datasets]:      # mistakes come before the work
+        train, val, test = (common.features(encoder, part, whole, args.workers, args.precision) for part in parts)
         l2, weights, tuned = choose_l2(train, val, metric, L2)
         weights = logistic_regression(*map(torch.cat, zip(train, val)), len(weights), l2, weights)
         rows.append(dict(dataset=Path(name).name, train=len(train[0]), val=len(val[0]), test=len(test[0]), l2=float(f"{l2:.3g}"),
@@ -866,7 +861,7 @@ def voc_scenes(directory, part, classes=None, years=(2007, 2012)):
     tops = [Path(directory, "VOCdevkit", f"VOC{year}") for year in years]
     lists = {top: top / "ImageSets" / "Main" / f"{part}.txt" for top in tops}
     if not any(file.is_file() for file in lists.values()):
-        raise common.UserError(f"--data {directory}: no set {part}; expected {lists[tops[0]]}")
+        raise common.UserError(f"{directory}: no set {part}; expected {lists[tops[0]]}")
     paths, scenes, problems = [], [], {}
     for top, name in [(top, name) for top, file in lists.items() if file.is_file() for name in file.read_text().split()]:
         image, note = top / "JPEGImages" / f"{name}.jpg", top / "Annotations" / f"{name}.xml"
@@ -877,6 +872,8 @@ def voc_scenes(directory, part, classes=None, years=(2007, 2012)):
             width, height = (float(root.findtext(f"size/{k}")) for k in ("width", "height"))
             objects = [(o.findtext("name"), [float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")],
                         o.findtext("difficult") == "1") for o in root.iter("object")]
+            if not all(name for name, _, _ in objects):
+                raise ValueError("objects without a name", note)
             if not all(1 <= x0 <= x1 <= width and 1 <= y0 <= y1 <= height for _, (x0, y0, x1, y1), _ in objects):
                 raise ValueError("boxes outside their image", note)
             paths.append(str(image))
@@ -888,11 +885,11 @@ def voc_scenes(directory, part, classes=None, years=(2007, 2012)):
             problems.setdefault(what, []).append(where)
     if problems or not paths:
         said = "; ".join(f"{what}: {len(where)}, the first {where[0]}" for what, where in problems.items())
-        raise common.UserError(f"--data {directory}: {said or f'set {part} is empty'}")
+        raise common.UserError(f"{directory}: {said or f'set {part} is empty'}")
     found = sorted({name for objects in scenes for name, _, _ in objects})
     unknown = [name for name in found if classes and name not in classes]
     if unknown:
-        raise common.UserError(f"--data {directory}: {part} has classes that the training set does not have: {', '.join(unknown)}")
+        raise common.UserError(f"{directory}: {part} has classes that the training set does not have: {', '.join(unknown)}")
     classes = classes or found
     first = torch.tensor([1.0, 1, 0, 0])                        # VOC counts pixels from 1
     return Scenes(common.Folder(paths, None), [torch.tensor([box for _, box, _ in objects]).reshape(-1, 4) - first for objects in scenes],
@@ -974,7 +971,7 @@ def detector(encoder, recipe, kind, classes, input, device):
         if stage:
             encoder.layer4 = nn.Identity()
         stage = stage or nn.Sequential(*(common.Bottleneck(dim, dim // 4, 2 if i == 0 else 1, nn.BatchNorm2d) for i in range(3)))
-        head = nn.Sequential(stage, nn.BatchNorm2d(dim), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())      # MoCo's extra norm
+        head = nn.Sequential(stage, nn.BatchNorm2d(dim), nn.AdaptiveAvgPool2d(1), nn.Flatten())      # MoCo's extra norm
         with torch.no_grad():
             y = encoder.eval().maps(torch.zeros(1, 3, 64, 64))
         encoder.forward, encoder.out_channels, pool = encoder.maps, y.shape[1], torchvision.ops.MultiScaleRoIAlign(["0"], recipe["pool"], 0)
@@ -994,7 +991,7 @@ def detect(args, device):
     if args.data:
         train, name = voc_scenes(args.data, args.train_set), Path(args.data).name
         test = voc_scenes(args.data, args.test_set, train.classes, years=(2007,))
-        recipe = dict(DETECT["voc"], **{} if any("VOC2012" in p for p in train.paths) else dict(steps=9000))       # MoCo, table 4
+        recipe = dict(DETECT["voc"], **{} if any(Path(p).parts[-3] == "VOC2012" for p in train.paths) else dict(steps=9000))       # MoCo, table 4
     else:
         train, test, name, recipe = drawn_scenes(1000, 11), drawn_scenes(300, 12), "shapes", dict(DETECT["shapes"])
     if args.image_size:
@@ -1218,8 +1215,8 @@ def parse_args(argv=None):
     flag("invariance neighbours", "--count", type=common.count, default=1500, help="images used, of each part (default 1500)")
     parser.set_defaults(baseline=None, size=None)
     parsed = parser.parse_args(argv)
-    if parsed.task in ("invariance", "neighbours") and common.world_size() > 1:
-        parser.error(f"{parsed.task} runs in one process")
+    if parsed.task in ("invariance", "neighbours") and (common.world_size() > 1 or parsed.count < 10):
+        parser.error(f"{parsed.task} runs in one process, on 10 images or more")
     return parsed
 
 

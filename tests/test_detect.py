@@ -210,6 +210,8 @@ def rewrite(file, old, new):
     (lambda top: [(top / f"Annotations/{i}.xml").unlink() for i in (0, 1)], "annotations missing: 2, the first"),
     (lambda top: (top / "Annotations/1.xml").write_text("<annotation>"), "annotations unreadable: 1"),
     (lambda top: rewrite(top / "Annotations/1.xml", "<xmax>60", "<xmax>61"), "boxes outside their image: 1"),
+    (lambda top: rewrite(top / "Annotations/1.xml", "<name>", "<title>"), "unreadable"),
+    (lambda top: rewrite(top / "Annotations/2.xml", "<name>dog</name>", ""), "objects without a name: 1"),
     (lambda top: rewrite(top / "Annotations/2.xml", "dog", "cow"), "does not have: cow"),
     (lambda top: (top / "ImageSets/Main/test.txt").unlink(), "no set test"),
     (lambda top: (top / "ImageSets/Main/trainval.txt").write_text("\n"), "is empty"),

@@ -25,6 +25,10 @@ evaluate.drawn_scenes = lambda count, seed: drawn(9, seed)
 for asked in {asked}:
     args = evaluate.parse_args(asked)
     getattr(evaluate, args.task)(args, torch.device("cpu"))
+few = common.Images(torch.zeros(200, 3, 1, 1), torch.zeros(200), "cpu")
+few.broken, few.paths = set(), [f"{{i}}.jpg" for i in range(200)]
+common.note_broken(few, [7] if common.rank() else [])           # what the second process could not read
+assert few.broken == {{7}}
 """
 
 
@@ -34,6 +38,7 @@ def test_two_processes_are_one(checkpoint, tmp_path):
              ["detect", str(checkpoint), "--steps", "2", "--batch-size", "4", "--rois", "8", "--output", str(tmp_path)]]
     (tmp_path / "two_processes.py").write_text(TWO_PROCESSES.format(asked=asked))
     result = run(tmp_path / "two_processes.py", processes=2)
+    assert sum("cannot read 7.jpg" in line for line in result.stderr.splitlines()) == 1, result.stderr
     knn, linear, finetune, detect = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
     assert knn["top1"] == ask("knn", checkpoint)["top1"]
     assert linear["top1"] == pytest.approx(ask(*asked[1])["top1"], abs=0.3)
@@ -93,7 +98,8 @@ def test_frozen_encoder_that_moves_is_noticed(checkpoint, monkeypatch):
     (["finetune", "RUN", "--labels", "-2"], "--labels"), (["finetune", "RUN", "--labels", "0.0"], "--labels"),
     (["finetune", "RUN", "--labels", "0.001"], "5 of 5000 images, fewer than the 10 classes"),
     (["finetune", "RUN", "--labels", "5000"], "class 0 has only"), (["finetune", "RUN", "--data", "CLASSES"], "no counterpart"),
-    (["transfer", "RUN"], "--datasets"), (["transfer", "RUN", "--datasets", "CLASSES"], "without training images: c"),
+    (["transfer", "RUN"], "--datasets"), (["neighbours", "RUN", "--count", "1"], "10 images or more"),
+    (["transfer", "RUN", "--datasets", "CLASSES"], "without training images: c"),
     (["transfer", "RUN", "--datasets", "birdsnap", "--root", "CLASSES"], "--datasets birdsnap: no images"),
     (["transfer", "RUN", "--datasets", "caltech101", "--root", "CLASSES"], "--datasets caltech101: no images"),
     (["transfer", "RUN", "--datasets", "sun397", "--root", "CLASSES"], "--datasets sun397: not in"),

@@ -83,6 +83,10 @@ FILES = {     # name: (project, stem, whole file from the backbone's state dict,
     "lightly_small": ("lightly", "small", lambda s: dict(state_dict=prefixed(shortcut(numbered(s, OWN)), "backbone.")), ["nothing"]),
     "solo": ("solo-learn", "small", lambda s: dict(state_dict={**prefixed(s, "backbone."), "classifier.weight": torch.zeros(4, 4),
         "projector.0.weight": torch.zeros(4, 4)}), ["classifier", "projector"]),
+    "solo_old": ("solo-learn", "small", lambda s: dict(state_dict={**prefixed(s, "encoder."), "classifier.weight": torch.zeros(4, 4),
+        "predictor.0.weight": torch.zeros(4, 4)}), ["classifier", "predictor"]),
+    "solo_dino": ("solo-learn", "small", lambda s: dict(state_dict={**prefixed(s, "backbone."), "classifier.weight": torch.zeros(4, 4),
+        "head.mlp.0.weight": torch.zeros(4, 4)}), ["classifier", "head"]),
 }
 
 
@@ -97,7 +101,7 @@ def test_other_projects_files(name, tmp_path, capsys):
     assert all(text in said.split("left out: ")[1] for text in left), said
     for k, v in state.items():
         assert torch.equal(loaded.state_dict()[k], v) or "num_batches" in k
-    if name == "solo":
+    if project == "solo-learn":
         encoder.conv1.padding = (2, 2)
     x = torch.rand(2, 3, 32, 32)
     assert torch.allclose(loaded(x), encoder(x), atol=1e-5)
@@ -122,7 +126,7 @@ def test_reads_torchvisions_resnet50_as_torchvision_does(tmp_path):
         assert dim == 2048 and saved["input"]["size"] == 64 and torch.allclose(encoder(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def cmc_file(path):
+def cmc_file(path, opt=OPT):
     """The two halves of CMC: stems of the full width on networks of half the width."""
     state = {}
     for name, channels in (("l_to_ab", 1), ("ab_to_l", 2)):
@@ -133,8 +137,13 @@ def cmc_file(path):
         half["layer1.0.downsample.0.weight"] = torch.randn(32, 64, 1, 1) / 8
         half.update({f"layer1.0.downsample.1.{k}": torch.rand(32) for k in ("weight", "bias", "running_mean", "running_var")})
         state.update(prefixed({**half, **FC}, f"encoder.module.{name}."))
-    torch.save(dict(opt=OPT, model=state, contrast={}, epoch=200), path)
+    torch.save(dict(opt=opt, model=state, contrast={}, epoch=200), path)
     return state
+
+
+def test_cmc_in_ycbcr(tmp_path):
+    cmc_file(tmp_path / "cmc.pth", argparse.Namespace(view="YCbCr"))
+    assert evaluate.read_checkpoint(tmp_path / "cmc.pth")["encoder_config"]["view"] == "ycbcr"
 
 
 def test_cmc(tmp_path, capsys):
@@ -281,6 +290,20 @@ def test_logistic_regression_is_at_the_minimum():
     loss = nn.functional.binary_cross_entropy_with_logits(logits, several[1:].double(), reduction="sum") + w[:, :-1].square().sum()
     gradient, = torch.autograd.grad(loss, w)
     assert gradient.abs().max() < 0.05
+
+
+def test_a_class_that_is_only_held_out_counts():
+    h, y = blobs()
+    _, weights, _ = evaluate.choose_l2((h[y < 4], y[y < 4]), (h, y), "top1", [1.0])
+    assert len(weights) == 5 and evaluate.logistic_regression(h, y, 5, 1.0, weights).shape == (5, h.shape[1] + 1)
+    with pytest.raises(common.UserError, match="too many.*--size"):
+        evaluate.logistic_regression(torch.zeros(2, 150528), torch.tensor([0, 1]), 2, 1.0)
+
+
+def test_a_file_without_its_statistics_is_refused(tmp_path):
+    torch.save({k: v for k, v in net()[0].items() if "running" not in k}, tmp_path / "stripped.pth")
+    with pytest.raises(common.UserError, match="does not fit.*running_mean"):
+        evaluate.load_encoder(evaluate.parse_args(["knn", str(tmp_path / "stripped.pth")]), torch.device("cpu"))
 
 
 def test_logistic_regression_is_scikit_learns():
