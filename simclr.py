@@ -68,7 +68,7 @@ SMALL = dict(IMAGENET,               # appendix B.9, CIFAR-10
 )
 SHAPES = dict(SMALL,                 # our own, for two minutes on two CPU cores
     arch="resnet10x0.25",
-    epochs=16, batch_size=64, lr=12.0, weight_decay=1e-6, warmup_epochs=0.5,
+    epochs=13, batch_size=64, lr=12.0, weight_decay=1e-6, warmup_epochs=0.5,
     color_strength=1.0,              # one tint an image, which is what the jitter erases
     min_scale=0.4,                   # smaller crops often miss the object
     knn_every=4,
