@@ -7,7 +7,7 @@
 
 Images are (N, 3, H, W): uint8 as loaded, float32 in 0..1 once cropped.
 """
-import argparse, contextlib, functools, json, math, os, re, signal, sys, time, traceback
+import argparse, contextlib, functools, json, math, os, pickle, re, signal, sys, time, traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1219,7 +1219,7 @@ class Parser(LineParser):
         """The flags of `mixture` and `unmix`, with the defaults of the official code."""
         add = self.add_argument
         add("--mixture", choices=["none", "global", "region", "both", "unmix"], default="none",
-            help="of images. global, region, both: blends or squares of other images in some of the views, the loss as it is (2020). unmix: a blend or "
+            help="of images. global, region, both: blends or squares of other images in some images, alike in all their views, the loss as it is (2020). unmix: a blend or "
             "squares of the batch with itself in reverse, besides the views, the loss weighed by the shares (2022)")
         add("--mix-alpha", type=positive, default=1.0, help="shares are drawn from Beta(alpha, alpha), in blends and in unmix")
         add("--mix-beta", type=positive, default=1.0, help="the same of squares")
@@ -1260,7 +1260,8 @@ def read_tensors(path):
         if wants:
             raise UserError(f"{path}: holds more than tensors ({wants[1]}), and reading that could run code, which is refused; if you trust its "
                             "source, save its state dict alone where nothing can be harmed, in a container, and give that file") from None
-        raise UserError(f"{path}: not a readable checkpoint ({_first_line(e)})") from None
+        why = "no file of torch.save" if isinstance(e, pickle.UnpicklingError) else _first_line(e)      # torch would advise what is unsafe
+        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
 
 
 def write_atomically(path, write):
@@ -1366,6 +1367,8 @@ class Run:
     def __iter__(self):
         global _stepping
         _stepping = True                                        # from here on a signal waits for the end of the step
+        if self.step == 0:
+            say(f"{self.method} on {self.args.data}: {len(self.batches.data)} images, {self.total} steps, into {self.folder}")
         self._start_clock()
         if self.losses and self._due()[0]:                      # ended between the last step's checkpoint and its log line
             self._log_line(self._due()[1])

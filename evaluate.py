@@ -492,6 +492,8 @@ def draw_confusion(args, predicted, truth):
     for i, j in (table >= 0.5).nonzero().tolist() if classes <= 20 else ():
         ax.text(j, i, f"{table[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if table[i, j] > 50 else "black")
     ax.set(xlabel="predicted class", ylabel="true class", title="percent of the images of a class")
+    if classes <= 20:
+        ax.set(xticks=range(classes), yticks=range(classes))
     save(args, figure, "confusion.png")
 
 
@@ -584,7 +586,7 @@ def label_subset(labels, amount, seed, balanced):
 
 def data_gain(fractions, ours, baseline):
     """For each fraction, or number of images, CPC v2's gain in data efficiency (its table 2): the largest of the measured ones at which the
-    baseline is no better than we are at this one, over this one. None where there is none."""
+    baseline is no better than we are at this one, over this one: a lower bound. None where there is none."""
     reached = [[g for g, other in zip(fractions, baseline) if other <= top1] for top1 in ours]
     return [max(r) / f if r else None for f, r in zip(fractions, reached)]
 
@@ -596,11 +598,12 @@ def finetune(args, device):
                                  key=lambda s: len(s[0])):
         row, some, few = dict(labels=amount, images=len(subset)), take(train, subset), len(subset) <= 0.02 * len(train)
         for prefix, phases in (("", FINETUNE[args.protocol]), ("baseline_", SUPERVISED))[:2 if args.supervised else 1]:
+            common.say(f"{len(subset)} images, {'from random initialisation' if prefix else args.protocol}")
             torch.manual_seed(args.seed)
             network = build(**checkpoint["encoder_config"]).to(device, memory_format=torch.channels_last) if prefix else copy.deepcopy(encoder)
             logits, truth = tune(args, phases, network, some, val, few, classes, checkpoint, device)
             row.update({f"{prefix}top1": accuracy(logits, truth), f"{prefix}top5": accuracy(logits, truth, 5)})
-        common.say(", ".join(f"{k} {v}" for k, v in row.items()))
+        common.say(", ".join(f"{k} {v:.4g}" for k, v in row.items()))
         rows.append(row)
     if args.supervised:
         columns = ([row[k] for row in rows] for k in ("images", "top1", "baseline_top1"))
@@ -681,8 +684,8 @@ def draw_label_efficiency(args, name, rows, n):
     ax.semilogx(x, [row["top1"] for row in rows], "o-", color="#2a6f97", label=f"fine-tuned ({args.protocol})")
     if args.supervised:
         ax.semilogx(x, [row["baseline_top1"] for row in rows], "s--", color="#bc4749", label="supervised from random initialisation")
-        gains = ", ".join(f"{row['gain']:.3g} at {v:.3g} %" for v, row in zip(x, rows) if row["gain"])
-        ax.set_title(f"worth so many times the labels: {gains}" if gains else "", fontsize=9)
+        gains = ", ".join(f"{row['gain']:.3g} at {v:.3g} %" for v, row in zip(x, rows) if row["gain"] and row["gain"] > 1)
+        ax.set_title(f"worth at least so many times the labels: {gains}" if gains else "", fontsize=9)
     ax.set_xticks(x, [f"{v:.3g} %" for v in x])
     ax.minorticks_off()
     ax.set(xlabel="labelled images", ylabel=f"top-1 accuracy on {Path(name).name}, %", ylim=(0, None))
@@ -728,7 +731,7 @@ def image_list(name, kind, root, split, seed):
         first = {i for c in {c for _, c in found} for i in [i for i in order if found[i][1] == c][:30]}
         found = [sample for i, sample in enumerate(found) if (i in first) == (split == "train")]
     if not found:
-        raise common.UserError(f"--datasets {name}: no images; expected them in {part}/<class>")
+        raise common.UserError(f"--datasets {name}: no images; expected them in {part}/<class> (known by name: {', '.join(TRANSFER)})")
     return found
 
 
@@ -800,6 +803,7 @@ def invariance(args, device):
             sets.append([Features(torch.cat(s), answers.to(device)) for s in zip(*spaces)])
         row = dict(task=task, chance=100 * max(shares))
         for space, a, b in zip(("h", "g(h)"), *sets):
+            common.say(f"{task}, from {space}")
             mean, std = a.h.mean(0), a.h.std(0) + 1e-6
             a.h, b.h = (a.h - mean) / std, (b.h - mean) / std
             make = lambda: nn.Sequential(nn.Linear(a.h.shape[1], 512), nn.ReLU(), nn.Linear(512, len(shares)))
@@ -1132,7 +1136,8 @@ def report(args, checkpoint, data, settings, result, rows=()):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(f"{text:{'>' if i else '<'}{width}}" for i, (text, width) in enumerate(zip(line, widths))))
-    line = dict(task=args.task, data=data, checkpoint=str(args.checkpoint), baseline=args.baseline, **settings, **tidy(result))
+    baseline = args.baseline or getattr(args, "supervised", None)
+    line = dict(task=args.task, data=data, checkpoint=str(args.checkpoint), baseline=baseline, **settings, **tidy(result))
     print(json.dumps(dict(line, rows=[tidy(row) for row in rows]) if rows else line), flush=True)
 
 
