@@ -32,7 +32,7 @@ lambda L(m) + (1 - lambda) L(reversed m), against the same banks, which hold who
 
 Published: ImageNet, two ResNet-50 of twice the width: linear probe 68.4 % (paper). ImageNet-100, two of half the width, YCbCr, softmax, 4096: 75.8 %
 (official README).
-Ours: embedded shapes, `python cmc.py`, 2026-11-21: kNN 52.0 % (untrained 23.6 %, pixels 37.0 %). CIFAR-10: see the README. ImageNet: not run yet.
+Ours: embedded shapes, `python cmc.py`, 2026-11-21: kNN 52.0 % (untrained 23.6 %, pixels 37.0 %). CIFAR-10 and ImageNet: not run yet.
 
 Differs from the paper:
     - The conversion of the colours is part of the encoder, so that whoever uses it gives it RGB in 0..1. `--mixture` mixes before it, the official
