@@ -307,21 +307,24 @@ def draw_neighbours(args, checkpoint, train, val, spaces, labels, truth, columns
     of another class framed in red."""
     queries = torch.stack([(truth == c).nonzero()[0, 0] for c in truth.unique()[:10]])
     found = torch.stack([common.nearest(bank, h[queries], columns)[1] for _, bank, h in spaces], 1)              # (Q, spaces, columns)
-    width = 1 + len(spaces) * (1 + found.shape[2])                                                               # a gap before each space
-    size = (0.6 * width, 0.6 * len(queries) + 0.2)
-    figure, axes = common.pyplot().subplots(len(queries), width, figsize=size, squeeze=False, layout="constrained")
-    for q, near, row in zip(queries, found, axes):
-        shown = [(look(val, q[None], checkpoint)[0], False)]
+
+    def framed(data, indices, red):
+        images = look(data, indices, checkpoint).cpu()
+        edge = [max(1, images.shape[3] // 16)] * 4
+        ring = F.pad(F.pad(torch.zeros_like(images), edge, value=1), edge).bool() & red.cpu()[:, None, None, None]
+        return torch.where(ring, torch.tensor([1.0, 0, 0])[:, None, None], F.pad(F.pad(images, edge, value=1), edge, value=1))
+
+    tiles = []
+    for q, near in zip(queries, found):
+        tiles.append(framed(val, q[None], torch.tensor([False])))
         for i in near:
-            shown += [(None, False), *zip(look(train, i, checkpoint), (labels[i] != truth[q]).tolist())]
-        for (image, red), ax in zip(shown, row):
-            if image is not None:
-                ax.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            for side in ax.spines.values():
-                side.set(visible=red, color="red", linewidth=2)
+            tiles += [torch.ones_like(tiles[0]), framed(train, i, labels[i] != truth[q])]                        # a gap before each space
+    width, side = 1 + len(spaces) * (1 + found.shape[2]), tiles[0].shape[3]
+    figure, ax = common.pyplot().subplots(figsize=(0.6 * width, 0.6 * len(queries) + 0.25), layout="constrained")
+    ax.imshow(torchvision.utils.make_grid(torch.cat(tiles), nrow=width, padding=0).permute(1, 2, 0), interpolation="nearest")
     for place, title in [(0, "query")] + [(2 + i * (1 + found.shape[2]), title) for i, (title, _, _) in enumerate(spaces)]:
-        axes[0, place].set_title(title, fontsize=8, loc="left").set_in_layout(place == 0)
+        ax.text(side * place, -3, title, fontsize=8)
+    ax.set_axis_off()
     save(args, figure, file)
 
 
@@ -593,6 +596,8 @@ def data_gain(fractions, ours, baseline):
 
 def finetune(args, device):
     encoder, _, checkpoint, name, train, val = load(args, device)
+    if args.rescale:
+        rescale(encoder)
     classes, rows = int(train.labels.max()) + 1, []
     for subset, amount in sorted(((label_subset(train.labels, a, args.seed, args.subset == "balanced"), a) for a in args.labels),
                                  key=lambda s: len(s[0])):
@@ -613,6 +618,20 @@ def finetune(args, device):
     report(args, checkpoint, name, settings, {}, rows)
     if common.rank() == 0:
         draw_label_efficiency(args, name, rows, len(train))
+
+
+def rescale(encoder):
+    """Give each convolution the norm that a new one has, sqrt(2 channels of its input). The normalisation after it undoes the factor, so that the
+    network stays what it is, but not the rate of SGD: with norms five times as large, as LARS leaves them, it is worth 25 times less."""
+    if any(isinstance(m, common.ResNet) and m.last_bn for m in encoder.modules()):
+        raise common.UserError("--rescale: not for this encoder, whose convolutions have no normalisation after them")
+    layers = [m for m in encoder.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm))]
+    for conv, norm in zip(layers[::2], layers[1::2]):
+        factor = math.sqrt(2 * conv.in_channels) / conv.weight.detach().norm()
+        conv.weight.data *= factor
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean *= factor
+            norm.running_var *= factor ** 2
 
 
 def tune(args, phases, encoder, data, val, few, classes, checkpoint, device):
@@ -1205,6 +1224,7 @@ def parse_args(argv=None):
          help="shares (0.01, 1.0) or whole numbers of images a class (default 0.01 0.1)")
     flag("finetune", "--subset", choices=["balanced", "random"], default="balanced", help="as many of each class (SimCLR), or any (CPC v2)")
     flag("finetune", "--protocol", choices=list(FINETUNE), default="simclr", help="whose way of fine-tuning (default simclr)")
+    flag("finetune", "--rescale", action="store_true", help="bring the weights to a new network's norms first, which changes the rate alone")
     flag("linear finetune", "--epochs", type=common.count)
     flag("linear finetune detect", "--batch-size", type=common.count)
     flag("linear finetune", "--lr", type=common.positive, help="per 256 images; in finetune the head's, which the encoder's follows")

@@ -176,9 +176,11 @@ def check_resuming(folder, script, *args, processes):
     name = f"{script.__name__}.py"
     if processes == 1:
         train(script, *args, "--output", folder / "whole")
-        train_killed(script, *args, "--output", folder / "killed", "--save-every", 3, step=17)
-        train(script, *args, "--output", folder / "killed", "--save-every", 3)
-        evaluate.knn(evaluate.parse_args(["knn", str(folder / "whole" / "checkpoint.pt")]), torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "save_picture", lambda figure, path: common.pyplot().close(figure))       # once is enough, and it takes seconds
+            train_killed(script, *args, "--output", folder / "killed", "--save-every", 3, step=17)
+            train(script, *args, "--output", folder / "killed", "--save-every", 3)
+            evaluate.knn(evaluate.parse_args(["knn", str(folder / "whole" / "checkpoint.pt")]), torch.device("cpu"))
     else:
         result = run(name, *args, "--output", folder / "whole", processes=2)
         assert result.returncode == 0 and "kNN accuracy" in result.stderr, result.stderr

@@ -263,6 +263,30 @@ def test_cpcs_two_phases(monkeypatch):
     assert all(s == held for _, s in seen[:13]) and len(held) == 8 and trained == set(range(40)) - held and seen[13][1] == set(range(4))
 
 
+@pytest.mark.parametrize("arch", ["resnet10x0.125", "resnet50x0.0625"])
+def test_rescaling_changes_the_weights_norms_and_nothing_else(arch):
+    torch.manual_seed(0)
+    encoder, x = common.resnet(arch, stem="small").double(), torch.rand(8, 3, 16, 16).double()
+    for m in encoder.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eps = 1e-12
+    convolutions = [m for m in encoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    for m in convolutions:
+        m.weight.data *= 5 * torch.rand(1) + 1
+    for _ in range(40):
+        encoder(x)                                              # running statistics of its own
+    states = []
+    for _ in range(2):
+        trained = copy.deepcopy(encoder)
+        states.append((trained.eval()(x), trained.train()(x)))
+        evaluate.rescale(encoder)
+    for before, after in zip(*states):
+        assert torch.allclose(before, after, rtol=1e-6) and before.std() > 0.01
+    assert all(m.weight.norm().item() == pytest.approx(math.sqrt(2 * m.in_channels), rel=1e-5) for m in convolutions)
+    with pytest.raises(common.UserError, match="--rescale"):
+        evaluate.rescale(common.resnet(arch, version=2))
+
+
 def test_finetuning_learns(checkpoint, tmp_path):
     result = ask("finetune", checkpoint, "--labels", "1.0", "--epochs", "12", "--lr", "0.3", "--subset", "random", "--output", tmp_path)
     assert result["rows"][0]["top1"] > 18, result
