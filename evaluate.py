@@ -72,7 +72,7 @@ IOUS = [0.5 + 0.05 * t for t in range(10)]
 DETECT = {     # lr: for the whole batch; sizes: of the shorter side in training; proposals: before and after suppression, training and test
     "voc": dict(steps=24000, batch_size=16, lr=0.02, warmup=100, sizes=tuple(range(480, 801, 32)), size=800, max_size=1333,
                 anchors=(32, 64, 128, 256, 512), pool=14, rois=512, proposals=(12000, 2000, 6000, 1000)),      # MoCo, detection/configs
-    "shapes": dict(steps=400, batch_size=8, lr=0.02, warmup=50, sizes=(96,), size=96, max_size=96,
+    "shapes": dict(steps=150, batch_size=8, lr=0.02, warmup=50, sizes=(96,), size=96, max_size=96,
                    anchors=(12, 16, 20, 26, 34), pool=7, rois=64, proposals=(400, 100, 400, 100)),             # ours, for two CPU cores
 }
 OFFICIAL = ("train", "val", "test")
@@ -182,9 +182,25 @@ def load_encoder(args, device):
         why = " ".join(str(e).split())[:200]
         raise common.UserError(f"{args.checkpoint}: its encoder does not fit {checkpoint['encoder_config']} ({why})") from None
     encoder.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    if getattr(args, "rescale", False):
+        rescale(encoder)
     if checkpoint["method"] in ("supcon", "SupContrast") and args.baseline is None:
         common.say(f"{args.checkpoint}: supervised, it learned from labels")
     return encoder, encoder.dim, checkpoint
+
+
+def rescale(encoder):
+    """Give each convolution the norm that a new one has, sqrt(2 channels of its input). The normalisation after it undoes the factor, so that the
+    network stays what it is, but not the rate of SGD: with norms five times as large, as LARS leaves them, it is worth 25 times less."""
+    if any(isinstance(m, common.ResNet) and m.last_bn for m in encoder.modules()):
+        raise common.UserError("--rescale: not for this encoder, whose convolutions have no normalisation after them")
+    layers = [m for m in encoder.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm))]
+    for conv, norm in zip(layers[::2], layers[1::2]):
+        factor = math.sqrt(2 * conv.in_channels) / conv.weight.detach().norm()
+        conv.weight.data *= factor
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean *= factor
+            norm.running_var *= factor ** 2
 
 
 def load(args, device):
@@ -596,8 +612,6 @@ def data_gain(fractions, ours, baseline):
 
 def finetune(args, device):
     encoder, _, checkpoint, name, train, val = load(args, device)
-    if args.rescale:
-        rescale(encoder)
     classes, rows = int(train.labels.max()) + 1, []
     for subset, amount in sorted(((label_subset(train.labels, a, args.seed, args.subset == "balanced"), a) for a in args.labels),
                                  key=lambda s: len(s[0])):
@@ -618,20 +632,6 @@ def finetune(args, device):
     report(args, checkpoint, name, settings, {}, rows)
     if common.rank() == 0:
         draw_label_efficiency(args, name, rows, len(train))
-
-
-def rescale(encoder):
-    """Give each convolution the norm that a new one has, sqrt(2 channels of its input). The normalisation after it undoes the factor, so that the
-    network stays what it is, but not the rate of SGD: with norms five times as large, as LARS leaves them, it is worth 25 times less."""
-    if any(isinstance(m, common.ResNet) and m.last_bn for m in encoder.modules()):
-        raise common.UserError("--rescale: not for this encoder, whose convolutions have no normalisation after them")
-    layers = [m for m in encoder.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm))]
-    for conv, norm in zip(layers[::2], layers[1::2]):
-        factor = math.sqrt(2 * conv.in_channels) / conv.weight.detach().norm()
-        conv.weight.data *= factor
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.running_mean *= factor
-            norm.running_var *= factor ** 2
 
 
 def tune(args, phases, encoder, data, val, few, classes, checkpoint, device):
@@ -1224,7 +1224,7 @@ def parse_args(argv=None):
          help="shares (0.01, 1.0) or whole numbers of images a class (default 0.01 0.1)")
     flag("finetune", "--subset", choices=["balanced", "random"], default="balanced", help="as many of each class (SimCLR), or any (CPC v2)")
     flag("finetune", "--protocol", choices=list(FINETUNE), default="simclr", help="whose way of fine-tuning (default simclr)")
-    flag("finetune", "--rescale", action="store_true", help="bring the weights to a new network's norms first, which changes the rate alone")
+    flag("finetune detect", "--rescale", action="store_true", help="bring the weights to a new network's norms first, which changes the rate alone")
     flag("linear finetune", "--epochs", type=common.count)
     flag("linear finetune detect", "--batch-size", type=common.count)
     flag("linear finetune", "--lr", type=common.positive, help="per 256 images; in finetune the head's, which the encoder's follows")
@@ -1232,7 +1232,7 @@ def parse_args(argv=None):
     flag("detect", "--train-set", default="trainval", help="of ImageSets/Main (default trainval)")
     flag("detect", "--test-set", default="test", help="of ImageSets/Main of VOC2007 (default test)")
     flag("detect", "--detector", choices=["c4", "fpn"], default="c4", help="as in the papers' tables (default); or a pyramid")
-    flag("detect", "--steps", type=common.count, help="default: 24000, without VOC2012 9000, on drawn scenes 400")
+    flag("detect", "--steps", type=common.count, help="default: 24000, without VOC2012 9000, on drawn scenes 150")
     flag("detect", "--image-size", type=common.count, help="shorter side in the test (default 800); the rest goes with it")
     flag("detect", "--rois", type=common.count, help="boxes an image that the head learns from (default 512)")
     flag("detect", "--color-drop", type=common.share, default=0.0, help="share of images of which one channel is kept (CPC v2)")

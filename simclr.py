@@ -35,7 +35,7 @@ Differs from the paper:
     - The recipe for the embedded `shapes` is ours: a narrow ResNet-10, small batches and few epochs.
 
 Usage:
-    python simclr.py                                                              two minutes on two CPU cores
+    python simclr.py                                                              two to three minutes on two CPU cores
     torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet                ResNet-50 on 8 GPUs
 """
 import math
@@ -67,7 +67,7 @@ SMALL = dict(IMAGENET,               # appendix B.9, CIFAR-10
     temperature=0.5, color_strength=0.5, blur=0.0,
     knn_every=10,
 )
-SHAPES = dict(SMALL,                 # our own, for two minutes on two CPU cores
+SHAPES = dict(SMALL,                 # our own, for two to three minutes on two CPU cores
     arch="resnet10x0.25",
     epochs=13, batch_size=64, lr=12.0, weight_decay=1e-6, warmup_epochs=0.5,
     color_strength=1.0,              # one tint an image, which is what the jitter erases

@@ -109,7 +109,8 @@ def few(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["c4", "fpn"])
 def test_detects_in_drawn_scenes(checkpoint, few, tmp_path, kind):
-    result = ask("detect", checkpoint, *FAST, "--steps", 2, "--detector", kind, "--image-size", 48, "--color-drop", "0.5", "--output", tmp_path)
+    result = ask("detect", checkpoint, *FAST, "--steps", 2, "--detector", kind, "--image-size", 48, "--color-drop", "0.5", "--rescale", "--output",
+                 tmp_path)
     keys = [a + b for b in ("", "_all") for a in ("AP", "AP50", "AP75")]
     assert all(0 <= result[k] <= 100 for k in keys) and {r["class"] for r in result["rows"]} <= set(common.SHAPES)
     assert result["AP50"] == pytest.approx(np.mean([r["AP50"] for r in result["rows"]]), abs=0.02)

@@ -228,7 +228,7 @@ def test_data_gain_is_cpcs():
 @pytest.mark.parametrize("protocol", [name for name in evaluate.FINETUNE if name != "cpc"])
 def test_finetune(checkpoint, tmp_path, protocol):
     before = checkpoint.read_bytes()
-    asked = ["--labels", "0.2", "4", "--protocol", protocol, "--epochs", "1", "--baseline", "supervised", "--output", tmp_path]
+    asked = ["--labels", "0.2", "4", "--protocol", protocol, "--epochs", "1", "--rescale", "--baseline", "supervised", "--output", tmp_path]
     result = ask("finetune", checkpoint, *asked)
     assert [r["images"] for r in result["rows"]] == [40, 120] and all(0 <= r["top1"] <= r["top5"] <= 100 for r in result["rows"])
     assert {"baseline_top1", "gain"} <= set(result["rows"][0]) and (tmp_path / "labels.png").stat().st_size > 5000
