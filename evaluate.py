@@ -1096,7 +1096,8 @@ def precise_norms(model, data, batches, count, args, device):
             m.momentum = None
     for step, (images, indices, _) in enumerate(common.stream(batches, range(count), args.workers, device)):
         common.seed_all(args.seed, step, common.rank(), 6)
-        model(*disturb(data, images, indices))
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            model(*disturb(data, images, indices))
     agree(model)
 
 
@@ -1212,7 +1213,7 @@ def parse_args(argv=None):
     flag(every, "--workers", type=common.whole, default=2, help="processes that read image files (default 2)")
     flag(every, "--seed", type=common.seed, default=0, help="of everything that is drawn, and of the random baseline")
     flag(every, "--precision", choices=["bf16", "fp32"], default="fp32")
-    flag(every, "--output", metavar="DIR", help="where the pictures go; default: beside the checkpoint, those of detect in a folder")
+    flag("knn linear finetune detect neighbours", "--output", metavar="DIR", help="where the pictures go; default: beside the checkpoint, those of detect in a folder")
     flag("knn linear", "--sweep", action="store_true", help="choose k and temperature, or the rate, on held-out training images")
     flag("knn", "--k", type=common.count, default=200, help="neighbours that vote (default 200)")
     flag("knn", "--temperature", type=common.positive, default=0.1, help="of the votes (default 0.1)")
@@ -1225,8 +1226,8 @@ def parse_args(argv=None):
     flag("finetune", "--subset", choices=["balanced", "random"], default="balanced", help="as many of each class (SimCLR), or any (CPC v2)")
     flag("finetune", "--protocol", choices=list(FINETUNE), default="simclr", help="whose way of fine-tuning (default simclr)")
     flag("finetune detect", "--rescale", action="store_true", help="bring the weights to a new network's norms first, which changes the rate alone")
-    flag("linear finetune", "--epochs", type=common.count)
-    flag("linear finetune detect", "--batch-size", type=common.count)
+    flag("linear finetune", "--epochs", type=common.count, help="default: the protocol's")
+    flag("linear finetune detect", "--batch-size", type=common.count, help="of all processes; default: the protocol's, if the data are enough")
     flag("linear finetune", "--lr", type=common.positive, help="per 256 images; in finetune the head's, which the encoder's follows")
     flag("detect", "--lr", type=common.positive, help="for the whole batch")
     flag("detect", "--train-set", default="trainval", help="of ImageSets/Main (default trainval)")
