@@ -23,8 +23,9 @@ Notation. N images in the batch of one process, n in the data set.
 
 Start value 2 ln(m + 1) + 1 / (d tau^2) = 21.0 for 16384 drawn rows, for NCE about 2 more. With `--negatives 0` the sum is over the whole bank, and the
 start has ln n for ln(m + 1). The log's `bound`, ln(m + 1) or ln n minus the mean of the two directions' losses, is that of insdis.py, of one half of
-the channels on which image it is of. On small data at a large rate the loss falls within each epoch and jumps back at its end (from 22 to 14 on CIFAR-10):
-the images still to come are those with the oldest rows, and two networks can agree on a mark of age.
+the channels on which image it is of. On small data at a large rate the loss falls within each epoch, on CIFAR-10 from 22 to 14, and is back at 22 when the
+next one begins, presumably because rows written long ago look different, by which the networks tell whose turn has not come yet. `bound` rises and falls
+with it and bounds nothing then. A larger `--memory-momentum` lets rows change, and so age, more slowly.
 
 Image mixture (Shen et al., arXiv 2003.05438) is an option. `--mixture global|region|both`, its form of 2020, shows both networks images with others
 of the batch blended or pasted into them and leaves the loss alone. `--mixture unmix` is our transfer of Un-Mix (2022), which its authors tried
@@ -77,7 +78,7 @@ SHAPES = dict(SMALL,                 # our own, for a few minutes on two CPU cor
     arch="resnet10x0.25", size=24,    # smaller than the images: two narrow networks are slow on a CPU
     epochs=40, batch_size=64, lr=0.016, optimizer="adamw", schedule="cosine", weight_decay=1e-4, warmup_epochs=1,
     negatives=0, temperature=0.2,
-    memory_momentum=0.9,             # see the start value above: with 0.5 the age of the rows gives more away
+    memory_momentum=0.9,             # rows whose age shows less, see `bound` above
     color_strength=2.0,              # one tint an image, by which the halves would find each other
     min_scale=0.4,                   # smaller crops often miss the object
     knn_every=10,

@@ -190,10 +190,10 @@ def load_encoder(args, device):
 
 
 def rescale(encoder):
-    """Give each convolution the norm that a new one has, sqrt(2 channels of its input). The normalisation after it undoes the factor, so that the
-    network stays what it is, but not the rate of SGD: with norms five times as large, as LARS leaves them, it is worth 25 times less."""
+    """Give each convolution the norm that a new one has, sqrt(2 channels of its input). The normalisation after it undoes the factor, up to its epsilon,
+    so that the network stays what it is, but not the rate of SGD: with norms five times as large, as LARS may leave them, it is worth 25 times less."""
     if any(isinstance(m, common.ResNet) and m.last_bn for m in encoder.modules()):
-        raise common.UserError("--rescale: not for this encoder, whose convolutions have no normalisation after them")
+        raise common.UserError("--rescale: not for an encoder that normalises before its convolutions, as CPC v2's do")
     layers = [m for m in encoder.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm))]
     for conv, norm in zip(layers[::2], layers[1::2]):
         factor = math.sqrt(2 * conv.in_channels) / conv.weight.detach().norm()
@@ -326,6 +326,8 @@ def draw_neighbours(args, checkpoint, train, val, spaces, labels, truth, columns
 
     def framed(data, indices, red):
         images = look(data, indices, checkpoint).cpu()
+        if images.shape[3] > 64:
+            images = F.interpolate(images, size=(64, 64), mode="bilinear", antialias=True)
         edge = [max(1, images.shape[3] // 16)] * 4
         ring = F.pad(F.pad(torch.zeros_like(images), edge, value=1), edge).bool() & red.cpu()[:, None, None, None]
         return torch.where(ring, torch.tensor([1.0, 0, 0])[:, None, None], F.pad(F.pad(images, edge, value=1), edge, value=1))
@@ -628,7 +630,8 @@ def finetune(args, device):
         columns = ([row[k] for row in rows] for k in ("images", "top1", "baseline_top1"))
         for row, gain in zip(rows, data_gain(*columns)):
             row["gain"] = gain
-    settings = dict(protocol=args.protocol, subset=args.subset, seed=args.seed, train=len(train), val=len(val))
+    given = {k: v for k in ("epochs", "batch_size", "lr", "rescale") if (v := getattr(args, k))}
+    settings = dict(protocol=args.protocol, **given, subset=args.subset, seed=args.seed, train=len(train), val=len(val))
     report(args, checkpoint, name, settings, {}, rows)
     if common.rank() == 0:
         draw_label_efficiency(args, name, rows, len(train))
@@ -1035,7 +1038,7 @@ def detect(args, device):
     groups = [dict(params=[p for p in model.parameters() if (p in norms) == of_norm], peak=recipe["lr"], weight_decay=decay)
               for of_norm, decay in ((False, 1e-4), (True, 0))]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
-    folder = output(args, "-".join(filter(None, ["detect", name, args.detector, args.baseline])))
+    folder = output(args, "-".join(filter(None, ["detect", name, args.detector, args.baseline, args.rescale and "rescaled"])))
     file = folder / "detect.pt"
     if file.exists():
         saved = common.read_tensors(file)
@@ -1065,7 +1068,7 @@ def detect(args, device):
     rows = voc_rows(found, test)
     if not rows:
         raise common.UserError(f"--data {args.data}: {args.test_set} has no box that is not difficult")
-    shown = {k: settings[k] for k in ("detector", "steps", "batch_size", "lr", "size", "rois", "color_drop", "seed")}
+    shown = {k: settings[k] for k in ("detector", "steps", "batch_size", "lr", "size", "rois", "color_drop", "rescale", "seed")}
     means = {k: float(np.mean([row[k] for row in rows])) for k in rows[0] if k != "class"}
     report(args, checkpoint, name, dict(shown, train=len(train), test=len(test)), means, rows)
     if common.rank() == 0:
