@@ -710,7 +710,7 @@ def draw_label_efficiency(args, name, rows, n):
         ax.set_title(f"worth at least so many times the labels: {gains}" if gains else "", fontsize=9)
     ax.set_xticks(x, [f"{v:.3g} %" for v in x])
     ax.minorticks_off()
-    ax.set(xlabel="labelled images", ylabel=f"top-1 accuracy on {Path(name).name}, %", ylim=(0, None))
+    ax.set(xlabel="labelled images", ylabel=f"top-1 accuracy on {Path(name).name}, %", ylim=(0, 1.05 * ax.dataLim.ymax))
     ax.grid(alpha=0.3)
     ax.legend()
     save(args, figure, "labels.png")
