@@ -1219,8 +1219,8 @@ class Parser(LineParser):
         """The flags of `mixture` and `unmix`, with the defaults of the official code."""
         add = self.add_argument
         add("--mixture", choices=["none", "global", "region", "both", "unmix"], default="none",
-            help="of images. global, region, both: blends or squares of other images in some images, alike in all their views, the loss as it is (2020). unmix: a blend or "
-            "squares of the batch with itself in reverse, besides the views, the loss weighed by the shares (2022)")
+            help="of images. global, region, both: blends or squares of other images in some images, alike in all their views, the loss as it is "
+            "(2020). unmix: a blend or squares of the batch with itself in reverse, besides the views, the loss weighed by the shares (2022)")
         add("--mix-alpha", type=positive, default=1.0, help="shares are drawn from Beta(alpha, alpha), in blends and in unmix")
         add("--mix-beta", type=positive, default=1.0, help="the same of squares")
         add("--mix-count", type=count, default=2, help="how often an image may be blended, and how often given a square")

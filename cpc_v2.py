@@ -31,7 +31,8 @@ Left open by the paper, chosen here:
     - Layer norm is over the channels and places of one patch, with scale and offset for each channel, wherever a pre-activation ResNet has a norm.
     - The last ReLU of the context network comes once, after its five blocks. No rate schedule, no weight decay.
     - Images are mirrored at random as a whole, and normalised by ImageNet's mean and deviation. Of AutoAugment's operations cutout and sample pairing
-      are left out, the strength is uniform over its table's range, the filling is grey, the interpolation linear. Elastic deformation and shear share a coin; the colour-histogram operation is a random curve for each channel.
+      are left out, the strength is uniform over its table's range, the filling is grey, the interpolation linear. Elastic deformation
+      and shear share a coin; the colour-histogram operation is a random curve for each channel.
     - Colour dropping leaves one channel; the other two become their mean.
 
 Differs from the paper:

@@ -1216,7 +1216,8 @@ def parse_args(argv=None):
     flag(every, "--workers", type=common.whole, default=2, help="processes that read image files (default 2)")
     flag(every, "--seed", type=common.seed, default=0, help="of everything that is drawn, and of the random baseline")
     flag(every, "--precision", choices=["bf16", "fp32"], default="fp32")
-    flag("knn linear finetune detect neighbours", "--output", metavar="DIR", help="where the pictures go; default: beside the checkpoint, those of detect in a folder")
+    flag("knn linear finetune detect neighbours", "--output", metavar="DIR",
+         help="where the pictures go; default: beside the checkpoint, those of detect in a folder")
     flag("knn linear", "--sweep", action="store_true", help="choose k and temperature, or the rate, on held-out training images")
     flag("knn", "--k", type=common.count, default=200, help="neighbours that vote (default 200)")
     flag("knn", "--temperature", type=common.positive, default=0.1, help="of the votes (default 0.1)")
