@@ -1,335 +1,464 @@
-"""CPC v2: Data-Efficient Image Recognition with Contrastive Predictive Coding. Henaff et al., ICML 2020, arXiv 1905.09272.
+"""CPC v2: Data-Efficient Image Recognition with Contrastive Predictive Coding.
+Henaff et al., ICML 2020, arXiv 1905.09272.
 
-Idea. Cut an image into overlapping patches and encode each alone. A context network that sees only the rows at or above a place predicts what
-the patches some rows further down look like to the encoder: it must pick the true one among the patches of all images of the batch. The same
-goes upwards, leftwards and rightwards. Patches are disturbed one by one: what their pixels share is no help, and what the image shows is left.
+Idea. Cut an image into overlapping patches and encode each alone. A context network that sees only
+the rows at or above a place predicts what the patches some rows further down look like to the
+encoder: it must find the true one among the patches of all images. The same goes upwards, leftwards
+and rightwards. Patches are augmented one by one: what their pixels share does not help.
 
-Objective (section 2.1 and appendix A), a mean over images and places (i, j), a sum over the offsets k, a mean over the directions:
-
-    l(i, j, k) = -log  exp(p . z'_(i+k, j)) / sum over all z'_l of the batch of exp(p . z'_l),      p = 0.1 W_k c_(i, j),   z' = W z
+Objective (section 2.1), a mean over images, places and directions, a sum over the offsets k:
+    l(i, j, k) = -log  exp(p . z'_(i+k, j)) / sum over all z'_l of the batch of exp(p . z'_l)
+    p = 0.1 W_k c_(i, j),   z' = W z
 
 Notation. N images in the batch of one process, R x C patches an image.
-    x_(i, j)     patches           (N, R, C, 3, s, s)    the patches
-    f, z         encoder, z        (N, D, R, C)          one latent vector a patch
-    g, c         contexts, c       (N, D, R, C)          context: c_(i, j) sees rows 0 .. i
-    p            predictions       (N, R - k, C, d)      for an offset k, from the context k rows above
-    z'           targets           (N, R, C, d)          W z
+    x_(i, j)     patches       (N, R, C, 3, s, s)    f, z   encoder, z     (N, D, R, C)
+    g, c         contexts, c   (N, D, R, C)          c_(i, j) sees rows 0 .. i
+    p            predictions   (N, R - k, C, d)      of the patches k rows below
+    z'           targets       (N, R, C, d)
+The loss starts at ln(N R C) for each offset: 6.36 for 16 images of 36 patches.
 
-Start value ln(N R C) for each offset: 6.36 for the 16 images x 36 patches of one of the paper's workers. The loss falls from there. The log's `bound`,
-ln(N R C) - loss / number of offsets, is a lower bound on the mutual information of context and patch as in simclr.py, and cannot exceed ln(N R C).
-But it holds only if the other candidates know nothing of the context, and R C - 1 of them are of the same image: with few images it means little.
+Published: ImageNet, ResNet-161: linear 71.5 % (table 1). Ours: RESULTS.md.
 
-Published: ImageNet, ResNet-161, 200 epochs: linear probe 71.5 % (table 1), ResNet-50 63.8 %; with 1 % of the labels 77.1 % top-5 on the fixed
-representation, 78.3 % fine-tuned (table 3).
-Ours: embedded shapes, `python cpc_v2.py`, 365 seconds of one CPU core, 2026-11-21: kNN 89.3 % (pixels 37.0 %). CIFAR-10: see the README. ImageNet: not run yet.
-
-Left open by the paper, chosen here:
-    - The printed code uses one offset, k = 3 (`range(2, 3)`); `--offsets 3 4 5` is the other reading. Mean over contexts, sum over offsets, mean
-      over directions. Each direction has its own predictors, with offsets, and its own W, which serves all its offsets.
-    - ResNet-161 is counted as stages of 3, 4 and 46 pre-activation blocks with 64-256, 128-512 and 512-4096 channels: 303.6 M parameters. The
-      paper says 305 M; with one target layer and four predictors it is 304.95 M, which would leave out four context networks of 12.15 M.
-    - Layer norm is over the channels and places of one patch, with scale and offset for each channel, wherever a pre-activation ResNet has a norm.
-    - The last ReLU of the context network comes once, after its five blocks. No rate schedule, no weight decay.
-    - Images are mirrored at random as a whole, and normalised by ImageNet's mean and deviation. Of AutoAugment's operations cutout and sample pairing
-      are left out, the strength is uniform over its table's range, the filling is grey, the interpolation linear. Elastic deformation
-      and shear share a coin; the colour-histogram operation is a random curve for each channel.
-    - Colour dropping leaves one channel; the other two become their mean.
-
-Differs from the paper:
-    - The order of the colour operations is drawn for every 64 patches (on a CPU at 80 pixels: 40) instead of for each.
-    - The candidates are those of a process: 64 x 36 in the command below, 16 x 36 on the paper's 32 workers. `--gather` takes those of all.
-    - Inception's contrast is about the mean brightness of the patch, not of each channel, and colours are clipped after each operation.
-    - The average of the weights starts at the initial ones, as an exponential average with momentum 0.9999.
-    - The recipes `small` and `shapes` are ours: small patches of enlarged small images, a narrow ResNet's first three
-      stages, and fewer context blocks: at 7 rows a context sees three rows above its own and no more. ResNet-50 is taken with three stages too; the
-      figure above is likely of four (`--stages 4`).
-
-Usage:
-    python cpc_v2.py                                                              four minutes on two CPU cores
-    torchrun --nproc_per_node=8 cpc_v2.py --data /path/to/imagenet                ResNet-161 on 8 GPUs; --checkpointing if memory is short
+Left open by the paper: the printed code has one offset, k = 3, `--offsets 3 4 5` is the other
+reading; each direction has its own W and W_k; ResNet-161 is 3, 4 and 46 blocks, 303.6 M parameters
+(the paper says 305 M); layer norms span the channels and places of one patch; the last ReLU of the
+context network comes once; no rate schedule; images are mirrored. Differs: AutoAugment lacks cutout
+and sample pairing and has uniform strengths; negatives are 64 x 36 of a process, there 16 x 36
+(`--gather`: of all processes); the average of the weights starts at the initial ones.
+Usage:  python cpc_v2.py    torchrun --nproc_per_node=8 cpc_v2.py --data /path/to/imagenet
 """
-import copy, functools, math
+import copy
+import functools
+import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.v2.functional import equalize
 
 import common
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 IMAGENET = dict(
-    arch="resnet161", stages=3, norm="layer", stem="imagenet",       # section 2.1
-    resize=300, size=260, patch_size=80, stride=36,                  # section 2.1: 6 x 6 patches
-    epochs=200, batch_size=512,      # appendix A
-    lr=2e-4,                         # appendix A: 4e-4 = 2e-4 * 512 / 256
+    arch="resnet161", stages=3, norm="layer", stem="imagenet",          # section 4.1
+    resize=300, size=260, patch_size=80, stride=36,     # appendix A: 6 x 6 patches
+    epochs=200, batch_size=512,         # appendix A
+    lr=2e-4,                            # appendix A: 4e-4 = 2e-4 * 512 / 256
     weight_decay=0.0, warmup_epochs=0,
-    clip=0.01, ema_momentum=0.9999,  # appendix A
-    directions=4,                    # section 4.1
-    offsets=[3],                     # appendix A, the printed code
-    hidden=256, layers=5,            # appendix A, pixelCNN
-    dim=64, scale=0.1,               # appendix A, the printed code
-    patch_augment="full",            # appendix A; "drop" is section 4.1's colour dropping
+    clip=0.01, ema_momentum=0.9999,     # appendix A
+    directions=4,                       # section 4.1
+    offsets=[3],                        # appendix A, the printed code
+    hidden=256, layers=5,               # appendix A, pixelCNN
+    dim=64, scale=0.1,                  # appendix A, the printed code
+    patch_augment="full",               # appendix A; "drop" is section 4.1's colour dropping
+    checkpointing=True,                 # one more forward pass, and far less memory
     knn_every=0,
 )
-SMALL = dict(IMAGENET,               # our own
-    arch="resnet18", stem="small",
-    resize=72, size=64, patch_size=16, stride=8,                     # 7 x 7 patches; those two rows apart share no pixels
+SMALL = dict(                           # ours
+    IMAGENET, arch="resnet18", stem="small",
+    resize=72, size=64, patch_size=16, stride=8,        # 7 x 7; rows two apart share no pixels
     batch_size=256, lr=4e-4, ema_momentum=0.999,
-    offsets=[2, 3, 4], hidden=128, layers=3,
+    offsets=[2, 3, 4], hidden=128, layers=3, checkpointing=False,
     knn_every=10,
 )
-SHAPES = dict(SMALL,                 # our own, for four minutes on two CPU cores
-    arch="resnet10x0.25",
-    resize=56, size=48,              # 5 x 5 patches
-    epochs=6, batch_size=16, lr=32e-3, ema_momentum=0.99,
-    hidden=64,
+SHAPES = dict(                          # ours, for a few minutes on two CPU cores
+    SMALL, arch="resnet10x0.25",
+    resize=56, size=48,                 # 5 x 5 patches
+    epochs=6, batch_size=16, lr=32e-3, ema_momentum=0.99, hidden=64,
     knn_every=2,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
-
-# ------------------------------------------------------------------------------------------------ augmentation (section 2.1, appendix A)
+# ------------------------------------------------------------------- patches (appendix A)
 
 class RandomCrop(NamedTuple):
-    """The image resized to `resize` x `resize`, whatever its shape, and of that a random square of `size`: in one go, as a crop of the image."""
+    """The image resized to `resize` x `resize`, whatever its shape, and of that a random or the
+    central square of `size`, as one crop of the image."""
     size: int
     resize: int
+    central: bool = False
     interpolation: str = "bilinear"
     count: int = 1
     flip: float = 0.0
 
     def boxes(self, n, height, width):
-        h, w = max(1, round(height * self.size / self.resize)), max(1, round(width * self.size / self.resize))
-        u = torch.rand(2, n)
-        top, left = (u[0] * (height - h + 1)).floor(), (u[1] * (width - w + 1)).floor()
-        return torch.stack([top, left, torch.full((n,), float(h)), torch.full((n,), float(w))], 1)
-
+        h = max(1, round(height * self.size / self.resize))
+        w = max(1, round(width * self.size / self.resize))
+        u = torch.full((2, n), 0.5) if self.central else torch.rand(2, n)
+        top = (u[0] * (height - h + 1)).floor()
+        left = (u[1] * (width - w + 1)).floor()
+        return torch.stack([top, left, torch.full_like(top, h), torch.full_like(top, w)], dim=1)
 
 def extract_patches(images, size, stride):
-    """(N, 3, H, W) -> (N, R, C, 3, size, size): patches `stride` apart, from the top left corner on; what does not fill a patch is left out."""
+    """(N, 3, H, W) -> (N, R, C, 3, size, size): patches `stride` apart, from the top left corner
+    on; what does not fill a patch is left out."""
     return images.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
 
-
-@common.by_pieces
+@common.in_chunks
 def augment(x, patch_augment):
-    """Patches (M, 3, s, s) in 0..1 -> the same form, each with its own draws, normalised. In float32, since evaluate.py calls it under autocast."""
+    """Patches (M, 3, s, s) in 0..1 -> the same form, each with its own draws, normalised."""
     if patch_augment == "full":
         with torch.autocast(x.device.type, enabled=False):
-            x = common.autoaugment_primitives(x, count=2)                                  # (i)
-            x = common.elastic(x, p=0.2)                                                   # (ii)
-            x = common.color_curves(x, p=0.2)
-            x = common.color_jitter(x, 32 / 255, (0.5, 1.5), (0.5, 1.5), 0.2, p=0.8, additive=True)      # (iii), Inception's
-            x = common.grayscale(x, p=0.25)                                                # (iv)
+            x = autoaugment_primitives(x, count=2)                              # (i)
+            x = common.on_some(x, 0.2, elastic)                                 # (ii)
+            x = common.on_some(x, 0.2, color_curves)
+            x = common.color_jitter(x, 32 / 255, 0.5, 0.5, 0.2, additive=True)  # (iii), Inception's
+            x = common.grayscale(x, p=0.25)                                     # (iv)
     x = common.normalize(x, MEAN, STD)
     if patch_augment == "drop":
-        kept = torch.randint(3, (len(x),))
-        x = x * F.one_hot(kept, 3)[:, :, None, None].to(x)                                 # 0 is the mean
+        kept = F.one_hot(torch.randint(3, (len(x),)), 3)                        # one channel of 3;
+        x = x * kept[:, :, None, None].to(x)                                    # 0 is the mean
     return x
 
+def warp(x, matrix, displacement=0.0):
+    """Move pixels: an output pixel at (u, v), -1..1 from edge to edge, comes from matrix (N, 2, 3)
+    @ (u, v, 1) + displacement (N, H, W, 2). Bilinear; grey from outside."""
+    if not len(x):
+        return x
+    grid = F.affine_grid(matrix, x.shape, align_corners=False) + displacement
+    return (F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5).clamp_(0, 1)
 
-# ------------------------------------------------------------------------------------------------ model (figure 2, appendix A)
+def affine(x, a, b, c, d, tx=0.0, ty=0.0):
+    """`warp` by [[a, b, tx], [c, d, ty]], each a number or (N, 1, 1, 1)."""
+    entries = [v + torch.zeros_like(x[:, 0, 0, 0]) if isinstance(v, (int, float)) else v.flatten()
+               for v in (a, b, tx, c, d, ty)]
+    return warp(x, torch.stack(entries, dim=1).view(-1, 2, 3))
+
+def elastic(x, strength=0.05, shear=0.3):
+    """A smooth random displacement of standard deviation `strength` of the side at 4 x 4 control
+    points, and a shear of up to `shear` either way."""
+    control = 2 * strength * torch.randn(len(x), 2, 4, 4).to(x.device, non_blocking=True)
+    displacement = F.interpolate(control, x.shape[2:], mode="bicubic", align_corners=True)
+    amount = common.uniform(x, -shear, shear).flatten()
+    zero = torch.zeros_like(amount)
+    matrix = torch.stack([zero + 1, amount, zero, zero, zero + 1, zero], dim=1).view(-1, 2, 3)
+    return warp(x, matrix, displacement.permute(0, 2, 3, 1))
+
+def color_curves(x, strength=0.1, knots=5):
+    """Bend the colour histogram: each channel of each image goes through its own random curve, the
+    identity plus noise of standard deviation `strength` at equally spaced knots."""
+    offsets = strength * torch.randn(knots, len(x), 3, 1, 1).to(x.device, non_blocking=True)
+    place = x * (knots - 1)
+    for k, offset in enumerate(offsets):
+        x = x + (1 - (place - k).abs()).clamp(min=0) * offset
+    return x.clamp(0, 1)
+
+def rotate(x, angle):
+    return affine(x, angle.cos(), -angle.sin(), angle.sin(), angle.cos())
+
+def autocontrast(x, _):
+    """Stretch each channel to 0..1; a flat one stays."""
+    low = x.amin((2, 3), keepdim=True)
+    high = x.amax((2, 3), keepdim=True)
+    flat = (high <= low).float()
+    return (x - low * (1 - flat)) / (high - low + flat)
+
+def posterize(x, bits):
+    """Drop the lowest 0 to 4 of 8 bits."""
+    step = 2 ** bits.floor()
+    return (x * 255 / step).floor() * step / 255
+
+def sharpness(x, factor):
+    """Blend with a 3x3 smoothing, as Pillow does; the border stays."""
+    if not len(x):
+        return x
+    kernel = common.constant((1.0, 1, 1, 1, 5, 1, 1, 1, 1), x.device).view(1, 1, 3, 3) / 13
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel.expand(3, -1, -1, -1), groups=3)
+    return torch.lerp(smooth, x, factor).clamp_(0, 1)
+
+# AutoAugment's operations (Cubuk et al. 2018, table 6): f(x, strength (N, 1, 1, 1)), and the range
+# of the strength. Translations are fractions of half the side: 150 pixels of 331.
+PRIMITIVES = {
+    "shear x": (lambda x, m: affine(x, 1, m, 0, 1), -0.3, 0.3),
+    "shear y": (lambda x, m: affine(x, 1, 0, m, 1), -0.3, 0.3),
+    "translate x": (lambda x, m: affine(x, 1, 0, 0, 1, tx=m), -300 / 331, 300 / 331),
+    "translate y": (lambda x, m: affine(x, 1, 0, 0, 1, ty=m), -300 / 331, 300 / 331),
+    "rotate": (rotate, -math.pi / 6, math.pi / 6),
+    "auto-contrast": (autocontrast, 0, 0),
+    "invert": (lambda x, _: 1 - x, 0, 0),
+    "equalize": (lambda x, _: equalize(x) if len(x) else x, 0, 0),
+    "solarize": (lambda x, m: torch.where(x >= m, 1 - x, x), 0, 1),
+    "posterize": (posterize, 0, 5),
+    "contrast": (lambda x, m: common.adjust_contrast(x.clone(), m), 0.1, 1.9),
+    "color": (lambda x, m: common.adjust_saturation(x.clone(), m), 0.1, 1.9),
+    "brightness": (lambda x, m: common.adjust_brightness(x.clone(), m), 0.1, 1.9),
+    "sharpness": (sharpness, 0.1, 1.9),
+}
+
+def autoaugment_primitives(x, count=2):
+    """`count` operations of AutoAugment in a row, each drawn for each image from all of
+    `PRIMITIVES`, with a strength uniform in its range."""
+    for _ in range(count):
+        kinds = torch.randint(len(PRIMITIVES), (len(x),))
+        order = kinds.argsort(stable=True)                      # images of one operation together
+        sizes = kinds.bincount(minlength=len(PRIMITIVES)).tolist()
+        parts = x[order.to(x.device, non_blocking=True)].split(sizes)
+        draws = common.uniform(x, 0, 1).split(sizes)
+        changed = [operation(part, low + (high - low) * u)
+                   for (operation, low, high), part, u in zip(PRIMITIVES.values(), parts, draws)]
+        back = order.argsort().to(x.device, non_blocking=True)
+        x = torch.cat(changed)[back]
+    return x
+
+# ------------------------------------------------------------------- encoder (section 4.1)
+
+DEPTHS = common.DEPTHS | {161: (3, 4, 46)}
+
+class LayerNorm(nn.GroupNorm):
+    """Over the channels and places of one patch, in the precision of its input: autocast would keep
+    float32 copies of all activations on a GPU, 157 GB of them in the recipe `imagenet`."""
+
+    def __init__(self, channels):
+        super().__init__(1, channels)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, 1, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+NORMS = {"layer": LayerNorm, "batch": nn.BatchNorm2d}
+
+def conv(channels, out, kernel, stride=1):
+    return nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
+
+class Block(nn.Module):
+    """The block of He et al. 2016 (arXiv 1603.05027, figure 1b): norm and ReLU come before each
+    convolution, and nothing after the sum. Two 3x3 convolutions, or a bottleneck."""
+
+    def __init__(self, channels, width, out, stride, norm, bottleneck):
+        super().__init__()
+        self.first = nn.Sequential(norm(channels), nn.ReLU())
+        if bottleneck:
+            layers = [conv(channels, width, 1), norm(width), nn.ReLU(),
+                      conv(width, width, 3, stride), norm(width), nn.ReLU(), conv(width, out, 1)]
+        else:
+            layers = [conv(channels, width, 3, stride), norm(width), nn.ReLU(), conv(width, out, 3)]
+        self.branch = nn.Sequential(*layers)
+        same = stride == 1 and channels == out
+        self.shortcut = None if same else conv(channels, out, 1, stride)
+
+    def forward(self, x):
+        y = self.first(x)
+        x = self.shortcut(y) if self.shortcut else x
+        return x + self.branch(y)
+
+class ResNetV2(nn.Module):
+    """`resnet_v2` builds one."""
+
+    def __init__(self, depth, multiplier, norm, stem, stages):
+        super().__init__()
+        channels = max(1, round(64 * multiplier))
+        small = stem == "small"
+        self.conv1 = conv(3, channels, 3) if small else conv(3, channels, 7, 2)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self.stages = stages
+        for i, blocks in enumerate(DEPTHS[depth][:stages]):
+            width = max(1, round(64 * multiplier * 2 ** i))
+            out = 4 * width if depth >= 50 else width
+            if depth == 161 and i == 2:                         # 512-4096, ResNet-101: 256-1024
+                width, out = 2 * width, 4 * out
+            layer = []
+            for j in range(blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                layer.append(Block(channels, width, out, stride, norm, bottleneck=depth >= 50))
+                channels = out
+            setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
+        self.last_bn = norm(channels)
+        self.dim = channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def maps(self, x):
+        """(N, 3, H, W) -> (N, dim, h, w), the feature maps before pooling."""
+        x = self.maxpool(self.conv1(x))
+        for i in range(self.stages):
+            x = getattr(self, f"layer{i + 1}")(x)
+        return F.relu(self.last_bn(x))
+
+    def forward(self, x):
+        """(N, 3, H, W) -> (N, dim)."""
+        return self.maps(x).mean((2, 3))
+
+def resnet_v2(arch, norm="layer", stem="imagenet", stages=3):
+    """Build a pre-activation ResNet of the first `stages` stages: `arch` as in `common.resnet`, or
+    resnet161, whose third stage of 46 wide blocks is the last; norm "layer" or "batch". The result
+    has `.dim`, `.maps(x)` and `.config`. Raises ValueError for anything else."""
+    depth, multiplier = common.parse_arch(arch, DEPTHS)
+    if norm not in NORMS or stem not in ("imagenet", "small"):
+        raise ValueError(f"norm {norm!r}, stem {stem!r}: not layer or batch, imagenet or small")
+    if not 1 <= stages <= len(DEPTHS[depth]):
+        raise common.UserError(f"--stages {stages}: {arch} has {len(DEPTHS[depth])}")
+    model = ResNetV2(depth, multiplier, NORMS[norm], stem, stages)
+    model.config = dict(version=2, arch=arch, norm=norm, stem=stem, stages=stages)
+    return model
+
+# ------------------------------------------------------------------- model (figure 2, appendix A)
 
 class CPC(nn.Module):
-    def __init__(self, arch, stem, norm, stages, directions, offsets, hidden, layers, dim, scale, checkpointing=False):
+    def __init__(self, encoder, directions, offsets, hidden, layers, dim, scale):
         super().__init__()
-        self.encoder = common.resnet(arch, norm=norm, stem=stem, stages=stages, version=2)
-        self.average = copy.deepcopy(self.encoder).requires_grad_(False)                   # Polyak's, what is kept
-        if checkpointing:
-            recompute_blocks(self.encoder)
-        D, self.offsets, self.scale = self.encoder.dim, offsets, scale
-        self.turns = (0, 2, 1, 3)[:directions]                                             # quarter turns: down, up, left and right
+        self.encoder = encoder
+        self.average = copy.deepcopy(encoder).requires_grad_(False)     # Polyak's, what is kept
+        self.offsets = offsets
+        self.scale = scale
+        self.turns = (0, 2, 1, 3)[:directions]          # quarter turns: down, up, left and right
+        D = encoder.dim
         self.contexts = nn.ModuleList(context_network(D, hidden, layers) for _ in self.turns)
-        self.targets = nn.ModuleList(nn.Conv2d(D, dim, 1, bias=False) for _ in self.turns)        # a bias would cancel in the softmax
-        self.predictors = nn.ModuleList(nn.ModuleList(nn.Conv2d(D, dim, 1) for _ in offsets) for _ in self.turns)
+        self.targets = nn.ModuleList(nn.Conv2d(D, dim, 1, bias=False) for _ in self.turns)
+        self.predictors = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(D, dim, 1) for _ in offsets) for _ in self.turns)
 
     def forward(self, patches):
-        """(N, R, C, 3, s, s) -> a list of (predictions, targets, offset), `cpc_loss`'s arguments, one for each direction and offset."""
-        z = encode(self.encoder, patches)                                                  # (N, D, R, C)
+        """(N, R, C, 3, s, s) -> a list of (predictions, targets, offset), the arguments of
+        `cpc_loss`, for each direction and offset."""
+        z = encode(self.encoder, patches)                               # (N, D, R, C)
         found = []
-        for turn, context, target, predictors in zip(self.turns, self.contexts, self.targets, self.predictors):
-            turned = z.rot90(turn, (2, 3))                                                 # so that the direction is down
-            c = context(turned)                                                            # (N, D, R, C)
-            targets = target(turned).permute(0, 2, 3, 1)                                   # (N, R, C, d)
+        for turn, context, target, predictors in zip(self.turns, self.contexts, self.targets,
+                                                     self.predictors):
+            turned = z.rot90(turn, (2, 3))                              # the direction is now down
+            c = context(turned)                                         # (N, D, R, C)
+            targets = target(turned).permute(0, 2, 3, 1)                # (N, R, C, d)
             for k, predictor in zip(self.offsets, predictors):
-                predictions = self.scale * predictor(c[:, :, :-k]).permute(0, 2, 3, 1)     # (N, R - k, C, d)
-                found.append((predictions, targets, k))
+                predictions = self.scale * predictor(c[:, :, :-k])      # (N, d, R - k, C)
+                found.append((predictions.permute(0, 2, 3, 1).float(), targets.float(), k))
         return found
 
     @torch.no_grad()
     def update_average(self, ema_momentum):
-        for theta, average in zip(self.encoder.parameters(), self.average.parameters()):
-            average.lerp_(theta, 1 - ema_momentum)
-        for theirs, ours in zip(self.encoder.buffers(), self.average.buffers()):           # of --norm batch
-            ours.copy_(theirs)
-
+        average = list(self.average.parameters())
+        torch._foreach_lerp_(average, list(self.encoder.parameters()), 1 - ema_momentum)
+        for average, buffer in zip(self.average.buffers(), self.encoder.buffers()):
+            average.copy_(buffer)                                       # of --norm batch
 
 def encode(encoder, patches):
-    """(N, R, C, 3, s, s) -> latents (N, D, R, C): the encoder, and its spatial mean, on each patch alone."""
+    """(N, R, C, 3, s, s) -> z (N, D, R, C): the encoder, with its mean, on each patch alone."""
     n, rows, columns = patches.shape[:3]
-    x = patches.flatten(0, 2).contiguous(memory_format=torch.channels_last)                # (N R C, 3, s, s)
+    x = patches.flatten(0, 2).contiguous(memory_format=torch.channels_last)     # (N R C, 3, s, s)
     return encoder(x).view(n, rows, columns, -1).permute(0, 3, 1, 2)
 
-
 def context_network(dim, hidden, layers):
-    """Appendix A's pixelCNN, (N, dim, R, C) -> the same. Row i of the result depends on rows 0 to i and, after five layers, on every column."""
+    """Appendix A's pixelCNN, (N, dim, R, C) -> the same form. Row i depends on rows 0 to i and,
+    after five layers, on every column."""
     return nn.Sequential(*(ContextBlock(dim, hidden) for _ in range(layers)), nn.ReLU())
-
 
 class ContextBlock(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
         self.conv1 = nn.Conv2d(dim, hidden, 1)
-        self.conv2 = nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1))                     # along the row
-        self.conv3 = nn.Conv2d(hidden, hidden, (2, 1))                                     # this row and the one above
+        self.conv2 = nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1))  # along the row
+        self.conv3 = nn.Conv2d(hidden, hidden, (2, 1))                  # this row and the one above
         self.conv4 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, c):
         y = self.conv2(F.relu(self.conv1(c)))
-        y = self.conv3(F.pad(y, (0, 0, 1, 0)))                                             # a row of zeros on top
+        y = self.conv3(F.pad(y, (0, 0, 1, 0)))                          # a row of zeros on top
         return c + self.conv4(F.relu(y))
 
-
 def recompute_blocks(encoder):
-    """Keep only what goes in and out of the residual blocks, and compute the rest again for the gradient: one more forward pass, far less memory."""
+    """Keep only what goes in and out of the residual blocks, and compute the rest again for the
+    gradient: one more forward pass, far less memory."""
     for block in encoder.modules():
-        if isinstance(block, (common.PreBasicBlock, common.PreBottleneck)):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if isinstance(block, Block):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
 
+# ------------------------------------------------------------------- loss (section 2.1, appendix A)
 
-# ------------------------------------------------------------------------------------------------ loss (section 2.1, appendix A)
-
-def cpc_loss(predictions, targets, offset, across=False):
-    """InfoNCE, a scalar: the mean over all places that have a target `offset` rows below them.
-
-    predictions (N, R - offset, C, d), already scaled, and targets (N, R, C, d); any float type, at least float32 is computed in. The negatives are all
-    targets of the batch, the image's own among them. They are this process's, as on the paper's workers; `across` takes those of all processes,
-    which must hold N images each: then the mean that DDP takes of the gradients is exactly the gradient of the loss of the whole batch.
-    """
+def cpc_loss(predictions, targets, offset):
+    """InfoNCE, a scalar, the mean over all places with a target `offset` rows below. predictions
+    (N, R - offset, C, d), scaled; targets (N, R, C, d), which are all of the candidates."""
     n, rows, columns, _ = targets.shape
-    if predictions.shape[:3] != (n, rows - offset, columns):
-        raise ValueError(f"predictions {tuple(predictions.shape)} do not fit targets {tuple(targets.shape)} at offset {offset}")
-    with torch.autocast(targets.device.type, enabled=False):
-        p, t = (v.to(torch.promote_types(v.dtype, torch.float32)).flatten(0, 2) for v in (predictions, targets))
-        everyones = gather(t) if across else t
-        logits = p @ everyones.T                                                           # (N (R - k) C, N R C), or N R C W columns
-        first = dist.get_rank() * len(t) if len(everyones) > len(t) else 0
-        return F.cross_entropy(logits, first + positives(n, rows, columns, offset, p.device))
+    logits = predictions.flatten(0, 2) @ targets.flatten(0, 2).T        # (N (R - k) C, N R C)
+    positives = torch.arange(n * rows * columns, device=targets.device)
+    positives = positives.view(n, rows, columns)[:, offset:]            # same image and column
+    return F.cross_entropy(logits, positives.flatten())
 
+# ------------------------------------------------------------------- training (appendix A)
 
-def positives(n, rows, columns, offset, device=None):
-    """(N (R - offset) C,) the index, among N R C targets, of each prediction's own: same image, same column, `offset` rows below."""
-    places = (rows - offset) * columns                                                     # predictions an image
-    index = torch.arange(n * places, device=device)
-    return index // places * rows * columns + offset * columns + index % places
-
-
-def gather(z):
-    """(M, d) of each process -> (MW, d) of all, in the order of the processes, with gradient. The same tensor in a single process."""
-    return Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
-
-
-class Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        everyones = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyones, z.contiguous())
-        return torch.cat(everyones)
-
-    @staticmethod
-    def backward(ctx, gradient):                 # (MW, d): what this process's loss wants of everyone's z
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)                # what all losses want
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-# ------------------------------------------------------------------------------------------------ training (appendix A)
+def learning_rate(step, warmup, total):
+    """As a fraction of the peak: a linear warm-up, if any, then constant."""
+    return min(1, step / warmup) if warmup else 1.0
 
 def train(args, device):
-    rows = (args.size - args.patch_size) // args.stride + 1
-    if args.patch_size > args.size:
-        raise common.UserError(f"--patch-size {args.patch_size}: larger than the crop of --size {args.size}")
-    if args.size > args.resize:
-        raise common.UserError(f"--size {args.size}: larger than the image of --resize {args.resize}")
-    if args.patch_size < 3 and args.patch_augment == "full":
-        raise common.UserError(f"--patch-size {args.patch_size}: --patch-augment full sharpens and needs at least 3")
-    if args.checkpointing and args.norm == "batch":
-        raise common.UserError("--checkpointing: computes blocks twice, which would move the statistics of --norm batch twice")
-    if args.stages > (3 if args.arch.startswith("resnet161") else 4):
-        raise common.UserError(f"--stages {args.stages}: {args.arch} has 3")
-    if max(args.offsets) >= rows:
-        raise common.UserError(f"--offsets {max(args.offsets)}: there are only {rows} rows of patches, so at most {rows - 1}")
     data = common.load_data(args.data, args.root, "pretrain", device)
-    batches = common.Batches(data, [RandomCrop(args.size, args.resize, flip=0.5)], args.batch_size, args.seed)
+    crop = RandomCrop(args.size, args.resize, flip=0.5)
+    batches = common.Batches(data, [crop], args.batch_size, args.seed)
 
     torch.manual_seed(args.seed)
-    model = CPC(args.arch, args.stem, args.norm, args.stages, args.directions, args.offsets, args.hidden, args.layers, args.dim, args.scale,
-                args.checkpointing).to(device, memory_format=torch.channels_last)
-    learned = [w for w in model.parameters() if w.requires_grad]
-    optimizer = torch.optim.Adam(learned, lr=args.lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=args.weight_decay)
-    candidates = args.batch_size // (1 if args.gather else common.world_size()) * rows ** 2
-    run = common.Run("cpc_v2", args, model, optimizer, batches, MEAN, STD, encoder=model.average,
-                     entries=lambda loss: dict(bound=math.log(candidates) - loss / len(args.offsets)))
+    encoder = resnet_v2(args.arch, args.norm, args.stem, args.stages)
+    model = CPC(encoder, args.directions, args.offsets, args.hidden, args.layers, args.dim,
+                args.scale)
+    model.to(device, memory_format=torch.channels_last)
+    if args.checkpointing and args.norm == "layer":                     # else norms would run twice
+        recompute_blocks(model.encoder)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.Adam(weights, args.lr, betas=(0.8, 0.999), eps=1e-8,
+                                 weight_decay=args.weight_decay)
+    run = common.Run(args, model, optimizer, batches, MEAN, STD, encoder=model.average)
 
-    network = model
-    if common.world_size() > 1:
-        network = DistributedDataParallel(network)                           # BN, of --norm batch, stays with each process
-    if args.compile:
-        network = torch.compile(network)
+    network = common.distribute(model, args.compile)                    # DDP; no batch statistics
 
     peak_lr = args.lr * args.batch_size / 256
     warmup = args.warmup_epochs * len(batches)
 
-    for step, (x,), indices in run:
-        lr = peak_lr * min(1, (step + 1) / warmup) if step < warmup else peak_lr
+    for step in range(run.step, run.total):
+        x, = run.crops(step)
+        lr = peak_lr * learning_rate(step, warmup, run.total)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        patches = extract_patches(x, args.patch_size, args.stride)               # (N, R, C, 3, s, s)
-        patches = augment(patches.flatten(0, 2), args.patch_augment).unflatten(0, patches.shape[:3])      # each on its own
+        patches = extract_patches(x, args.patch_size, args.stride)      # (N / W, R, C, 3, s, s)
+        grid = patches.shape[:3]
+        patches = augment(patches.flatten(0, 2), args.patch_augment).unflatten(0, grid)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             found = network(patches)
-        loss = sum(cpc_loss(predictions, targets, k, args.gather) for predictions, targets, k in found) / args.directions
+        loss = 0
+        for predictions, targets, k in found:
+            if args.gather:                                             # the whole batch
+                predictions = common.gather_with_gradient(predictions)
+                targets = common.gather_with_gradient(targets)
+            loss = loss + cpc_loss(predictions, targets, k) / args.directions
 
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, args.clip)
+        torch.nn.utils.clip_grad_norm_(weights, args.clip)
         optimizer.step()
         model.update_average(args.ema_momentum)
-        run.log(loss, lr, found[0][1].flatten(0, 2), [mosaic(patches[:8])])
-
+        run.finish_step(loss, lr, found[0][1].flatten(0, 2), [mosaic(patches[:8])])
 
 def mosaic(patches):
     """(N, R, C, 3, s, s) -> (N, 3, R s, C s), the patches side by side, for views.png."""
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
-
-# ------------------------------------------------------------------------------------------------ flags
+# ------------------------------------------------------------------- flags
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
-    parser.add_argument("--stages", type=int, choices=[1, 2, 3, 4], help="of the ResNet that are used")
-    parser.add_argument("--norm", choices=["layer", "batch"], help="of the encoder: over one patch, or over the batch as in version 1")
-    parser.add_argument("--resize", type=common.count, help="side of the image from which the crop of --size is taken")
-    parser.add_argument("--patch-size", type=common.count, help="side of a patch; 64 in version 1")
-    parser.add_argument("--stride", type=common.count, help="pixels from one patch to the next")
-    parser.add_argument("--patch-augment", choices=["none", "drop", "full"], help="of each patch: nothing, two colours dropped, appendix A")
-    parser.add_argument("--directions", type=int, choices=[1, 2, 4], help="of prediction: down; and up; and left and right")
-    parser.add_argument("--offsets", type=common.count, nargs="+", help="rows from context to target, k")
-    parser.add_argument("--hidden", type=common.count, help="width of the context network's inner layers")
-    parser.add_argument("--layers", type=common.count, help="blocks of the context network")
-    parser.add_argument("--dim", type=common.count, help="width of predictions and targets")
-    parser.add_argument("--scale", type=common.positive, help="of the predictions, an inverse temperature")
-    parser.add_argument("--clip", type=common.positive, help="largest norm of the gradient")
-    parser.add_argument("--ema-momentum", type=common.share, help="of the averaged weights, which are what is kept")
-    parser.add_argument("--gather", action="store_true", help="take the negatives from all processes, not from each alone")
-    parser.add_argument("--checkpointing", action="store_true", help="save memory by computing activations twice")
-    return parser.parse()
-
+    add = parser.add_argument
+    add("--stages", type=common.count, help="number of stages of the ResNet")
+    add("--norm", choices=["layer", "batch"], help="over one patch, or over the batch (version 1)")
+    add("--resize", type=common.count, help="side of the image of which --size is cropped")
+    add("--patch-size", type=common.count, help="side of a patch; 64 in version 1")
+    add("--stride", type=common.count, help="pixels from one patch to the next")
+    add("--patch-augment", choices=["none", "drop", "full"], help="drop: two colours; appendix A")
+    add("--directions", type=int, choices=[1, 2, 4], help="down; and up; and left and right")
+    add("--offsets", type=common.count, nargs="+", help="rows from context to target, k")
+    add("--clip", type=common.positive, help="largest norm of the gradient")
+    add("--ema-momentum", type=common.fraction, help="momentum of the average of the weights")
+    add("--gather", action="store_true", help="negatives of all processes, not of each alone")
+    args = parser.parse()
+    rows = (args.size - args.patch_size) // args.stride + 1
+    if not 3 <= args.patch_size <= args.size <= args.resize:
+        parser.error(f"--patch-size {args.patch_size}, --size {args.size}, --resize {args.resize}: "
+                     "must be at least 3, and not fall")
+    if max(args.offsets) >= rows:
+        parser.error(f"--offsets {max(args.offsets)}: there are only {rows} rows of patches")
+    return args
 
 if __name__ == "__main__":
-    common.launch(train, parse_args())
+    common.launch(train, parse_args)

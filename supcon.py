@@ -1,212 +1,180 @@
-"""SupCon: Supervised Contrastive Learning. Khosla, Teterwak, Wang, Sarna, Tian, Isola, Maschinot, Liu, Krishnan, NeurIPS 2020, arXiv 2004.11362.
+"""SupCon: Supervised Contrastive Learning.
+Khosla, Teterwak, Wang, Sarna, Tian et al., NeurIPS 2020, arXiv 2004.11362.
 
-SUPERVISED: this script learns from the labels of the training images, as no other method here does. Its figures do not compare with theirs; it is
-here because it is SimCLR with one change.
+SUPERVISED: this script learns from the labels of the training images, as no other method here does.
+Its figures do not compare with theirs; it is here because it is SimCLR with one change.
 
-Idea. SimCLR knows one positive for a view, the other view of the same image, and pushes away all else, images of the same class too. With labels
-every view of the same class is a positive: a class gathers in one place of the sphere, and a linear classifier finds it there.
+Idea. SimCLR knows one positive of a view, the other view of the same image, and pushes everything
+else away, images of the same class too. With labels every view of the class is a positive: a class
+gathers in one place of the sphere, where a linear classifier finds it.
 
-Objective (equation 2, "out"), the mean over all 2N views i; P(i) are the other views with the label of i:
+Objective (equation 2, "out", or equation 3, "in"), over all 2N views i; P(i) are the other views
+with the label of i, p(i, p) = exp(z_i . z_p / tau) / sum over a != i of exp(z_i . z_a / tau):
+    out:  l(i) = -tau / tau_0  1/|P(i)| sum over p in P(i) of log p(i, p)
+    in:   l(i) = -tau / tau_0  log( 1/|P(i)| sum over p in P(i) of p(i, p) )
 
-    l(i) = - tau / tau_0  1/|P(i)|  sum over p in P(i) of log  exp(z_i . z_p / tau) / sum over a != i of exp(z_i . z_a / tau)
-
-Notation. N images in the batch of one process, W processes.
+Notation. N images in the global batch.
     x~_i         x1, x2         (N, 3, S, S)   the two views
     y            labels         (N,)           the class of each image
     Enc, r       encoder, h     (N, D)         the representation, what is kept
-    Proj, z      projector, z   (N, d)         unit length
+    Proj, z      projector, z   (N, d)         of unit length
     tau, tau_0   temperature, base_temperature
+tau_0 = 0.07 is the official code's. It multiplies SGD's rate by tau / tau_0, 1.43 at tau = 0.1.
+The loss starts at tau / tau_0 ln(2N - 1), 10.9 at a batch of 1024 and tau = 0.1.
 
-tau_0 is the official code's, 0.07 whatever tau is. It changes no minimum, but multiplies the gradient by tau / tau_0, and so SGD's rate: by 1.43 at
-tau = 0.1, by 7.14 at 0.5. A rate that is copied from there means this; --base-temperature equal to --temperature takes the factor away.
+Published (official README): CIFAR-10, ResNet-50, 1000 epochs: linear 96.0 % (cross entropy 95.0,
+SimCLR 93.6); ImageNet, ResNet-50, with MoCo's queue: 79.1 %. Ours: RESULTS.md.
 
-Start value tau / tau_0 ln(2NW - 1): 10.9 at a batch of 1024 and tau = 0.1. Unlike simclr.py it logs no bound on mutual information: candidates of
-the anchor's class are no negatives, and l(i) tau_0 / tau cannot fall below ln |P(i)|, that of equal positives and nothing else.
+Differs from the paper: the mean over the views, as in the official code, where equations 2 and 3
+have sums. BN is synchronised; the warm-up starts at 0 and the cosine after it; ImageNet's mean and
+standard deviation normalise the images. `small` is the official CIFAR-10 recipe, `imagenet` ours.
 
-Published: CIFAR-10, ResNet-50, 1000 epochs: linear probe 96.0 % (cross entropy 95.0, SimCLR 93.6, official README). ImageNet, ResNet-50: 79.1 %, with
-MoCo's queue (official README).
-Ours: embedded shapes, `python supcon.py`, 216 seconds of one CPU core (on half of it: 7 min), 2026-11-21: kNN 98.4 % (untrained 21.9 %, pixels
-37.0 %), with the labels of the training images. CIFAR-10: see the README. ImageNet: not run yet.
-
-Differs from the paper:
-    - The averaging over positives stands outside the logarithm, the better of the paper's two losses; the other one is not here.
-    - Recipe `small` is the official code's for CIFAR-10. The paper's ImageNet run (larger batches, other augmentations) is not here, nor is the queue
-      of the official ImageNet model: recipe `imagenet` is ours. So is that of the embedded `shapes`.
-    - BN is synchronised over the processes; there each GPU has its own.
-    - The warm-up rises from 0. The cosine begins after it, there with the run, and falls in every step, not once an epoch. Images are normalised by ImageNet's
-      mean and deviation.
-    - The order of the colour operations is drawn for every 64 images instead of for each.
-
-Usage:
-    python supcon.py                                                              two minutes on two CPU cores
-    torchrun --nproc_per_node=8 supcon.py --data /path/to/imagenet                ResNet-50 on 8 GPUs
+Usage:  python supcon.py    torchrun --nproc_per_node=8 supcon.py --data /path/to/imagenet
 """
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
-SMALL = dict(                        # official code and README, CIFAR-10
+SMALL = dict(                           # official code and README, CIFAR-10
     arch="resnet50", stem="small", size=32,
     epochs=1000, batch_size=1024,
-    lr=0.125, optimizer="sgd", weight_decay=1e-4,    # 0.5 = 0.125 * 1024 / 256; decay on everything
+    lr=0.125, optimizer="sgd", weight_decay=1e-4,       # 0.5 = 0.125 * 1024 / 256
     warmup_epochs=10,
-    temperature=0.1, base_temperature=0.07,
+    temperature=0.1, base_temperature=0.07, positives="out",
     dim=128,
     color_strength=1.0, blur=0.0,
     min_scale=0.2,
     knn_every=10,
 )
-IMAGENET = dict(SMALL,               # our own, not tried
-    stem="imagenet", size=224,
-    epochs=200, blur=0.5,
+IMAGENET = dict(                        # ours, not tried
+    SMALL, stem="imagenet", size=224, epochs=200, blur=0.5,
     knn_every=0,
 )
-SHAPES = dict(SMALL,                 # our own, for two minutes on two CPU cores
-    arch="resnet10x0.25",
+SHAPES = dict(                          # ours, for a few minutes on two CPU cores
+    SMALL, arch="resnet10x0.25",
     epochs=12, batch_size=64, lr=0.016, optimizer="adamw", warmup_epochs=1,
-    color_strength=2.0,              # one tint an image, which is what the jitter erases
-    min_scale=0.4,                   # smaller crops often miss the object
+    color_strength=2.0,                 # one tint an image, which is what the jitter removes
+    min_scale=0.4,                      # smaller crops often miss the object
     knn_every=4,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
+# ------------------------------------------------------------------- augmentation (official code)
 
-# ------------------------------------------------------------------------------------------------ augmentation (official code)
-
-@common.by_pieces
+@common.in_chunks
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views of the same form, each with its own draws, normalised."""
-    x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength, p=0.8)
+    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength)
     x = common.grayscale(x, p=0.2)
     if blur:
         x = common.gaussian_blur(x, p=blur, sigma=(0.1, 2.0))
     return common.normalize(x, MEAN, STD)
 
-
-# ------------------------------------------------------------------------------------------------ model (section 3.1)
+# ------------------------------------------------------------------- model (section 3.1)
 
 class SupCon(nn.Module):
     def __init__(self, arch, stem, dim):
         super().__init__()
         self.encoder = common.resnet(arch, stem=stem)
-        self.projector = nn.Sequential(nn.Linear(self.encoder.dim, self.encoder.dim), nn.ReLU(), nn.Linear(self.encoder.dim, dim))
+        D = self.encoder.dim
+        self.projector = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, dim))
 
     def forward(self, x):
-        h = self.encoder(x)          # (N, D)
-        return self.projector(h)     # (N, d)
+        h = self.encoder(x)                                     # (N, D)
+        return self.projector(h)                                # (N, d)
 
+# ------------------------------------------------------------------- loss (equations 2 and 3)
 
-# ------------------------------------------------------------------------------------------------ loss (equation 2)
+def supervised_contrastive(z1, z2, labels, temperature, base_temperature, positives="out"):
+    """A scalar, the mean over the 2N views. z1, z2 (N, d): projections of the two views, of any
+    length; labels (N,). With all labels different, NT-Xent times temperature / base_temperature."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)                 # (2N, d)
+    logits = z @ z.T / temperature                              # (2N, 2N)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = F.log_softmax(logits.masked_fill(itself, -math.inf), dim=1)     # a != i
+    same = (labels[:, None] == labels).repeat(2, 2) & ~itself   # P(i), never empty
+    count = same.sum(1)
+    if positives == "out":
+        value = log_p.masked_fill(~same, 0).sum(1) / count      # the mean outside the logarithm
+    else:
+        value = log_p.masked_fill(~same, -math.inf).logsumexp(1) - count.log()      # and inside
+    return -temperature / base_temperature * value.mean()
 
-def supervised_contrastive(z1, z2, labels, temperature, base_temperature):
-    """The supervised contrastive loss, a scalar: the mean over the 2N views of this process.
+# ------------------------------------------------------------------- training (official code)
 
-    z1, z2 (N, d): projections of the two views of N images, any scale, any float type, at least float32 is computed in; labels (N,): their classes.
-    Positives and negatives come from all processes, which must hold N images each; then the mean that DDP takes of the gradients is exactly the
-    gradient of the loss of the whole batch. With all labels different this is NT-Xent, times temperature / base_temperature.
-    """
-    with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in (z1, z2))
-        all1, all2, all_labels = gather(z1), gather(z2), gather(labels)                    # (NW, d), (NW, d), (NW,)
-        logits = torch.cat([z1, z2]) @ torch.cat([all1, all2]).T / temperature             # (2N, 2NW)
-        n, total = len(z1), len(all1)
-        mine = torch.arange(n, device=z1.device) + n * (dist.get_rank() if total > n else 0)       # the columns of z1
-        itself = torch.cat([mine, mine + total])[:, None]                                  # (2N, 1)
-        log_p = F.log_softmax(logits.scatter(1, itself, -math.inf), dim=1)                 # a != i
-        positive = (labels[:, None] == all_labels).repeat(2, 2).scatter(1, itself, False)  # (2N, 2NW): P(i)
-        mean_log_p = log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)              # there is always the other view
-        return -temperature / base_temperature * mean_log_p.mean()
-
-
-def gather(z):
-    """(N, ...) of each process -> (NW, ...) of all, in the order of the processes, with gradient. The same tensor in a single process."""
-    return Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
-
-
-class Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        everyones = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyones, z.contiguous())
-        return torch.cat(everyones)
-
-    @staticmethod
-    def backward(ctx, gradient):                 # (NW, d): what this process's loss wants of everyone's z
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)                # what all losses want
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-# ------------------------------------------------------------------------------------------------ training (official code)
+def learning_rate(step, warmup, total):
+    """As a fraction of the peak: a linear warm-up, then a half cosine to 1/1000."""
+    if step < warmup:
+        return step / warmup
+    return 0.001 + 0.999 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 def train(args, device):
-    data = common.load_data(args.data, args.root, "train", device)           # "train" and not "pretrain": it must have labels
-    batches = common.Batches(data, [common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5)], args.batch_size, args.seed)
+    data = common.load_data(args.data, args.root, "train", device)      # "train" has labels
+    crop = common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5)
+    batches = common.Batches(data, [crop], args.batch_size, args.seed)
+    labels = data.labels.to(device)
 
     torch.manual_seed(args.seed)
-    model = SupCon(args.arch, args.stem, args.dim).to(device, memory_format=torch.channels_last)
+    model = SupCon(args.arch, args.stem, args.dim)
+    model.to(device, memory_format=torch.channels_last)
     if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    run = common.Run("supcon", args, model, optimizer, batches, MEAN, STD, entries=lambda loss: dict(supervised=True))
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9,
+                                    weight_decay=args.weight_decay)
+    run = common.Run(args, model, optimizer, batches, MEAN, STD)
     common.say("supervised: this method learns from the labels")
 
     network = model
-    if common.world_size() > 1:
-        if device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)       # statistics of all processes
-        else:
-            common.say("BatchNorm takes its statistics in each process alone: torch has no SyncBatchNorm for CPUs")
-        network = DistributedDataParallel(network)
-    if args.compile:
-        network = torch.compile(network)
+    if common.WORLD_SIZE > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)      # global batch statistics
+    network = common.distribute(network, args.compile)                  # DDP
 
     peak_lr = args.lr * args.batch_size / 256
-    warmup, total = args.warmup_epochs * len(batches), args.epochs * len(batches)
+    warmup = args.warmup_epochs * len(batches)
 
-    for step, (x1, x2), indices in run:
-        if step < warmup:                                                    # and down to 1/1000 of the peak
-            lr = peak_lr * min(1, (step + 1) / warmup)
-        else:
-            lr = peak_lr * (0.001 + 0.999 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+    for step in range(run.step, run.total):
+        x1, x2 = run.crops(step)
+        lr = peak_lr * learning_rate(step, warmup, run.total)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x1, x2 = augment(x1, args.color_strength, args.blur), augment(x2, args.color_strength, args.blur)
-        labels = data.labels[indices].to(device)
+        x1 = augment(x1, args.color_strength, args.blur)
+        x2 = augment(x2, args.color_strength, args.blur)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = network(torch.cat([x1, x2]))                                 # (2N, d)
-        z1, z2 = z.chunk(2)
-        loss = supervised_contrastive(z1, z2, labels, args.temperature, args.base_temperature)
+            z = network(torch.cat([x1, x2]))                            # (2N / W, d)
+        z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
+        y = common.gather(labels[run.indices.to(device, non_blocking=True)])    # (N,)
+        loss = supervised_contrastive(z1, z2, y, args.temperature, args.base_temperature,
+                                      args.positives)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.log(loss, lr, z1, [x1, x2])
+        run.finish_step(loss, lr, z1, [x1, x2])
 
-
-# ------------------------------------------------------------------------------------------------ flags
+# ------------------------------------------------------------------- flags
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
-    parser.add_argument("--temperature", type=common.positive, help="of the softmax, tau")
-    parser.add_argument("--base-temperature", type=common.positive, help="the loss is multiplied by --temperature over this")
-    parser.add_argument("--dim", type=common.count, help="width of the projection")
-    parser.add_argument("--optimizer", choices=["sgd", "adamw"], help="the paper's is sgd")
-    parser.add_argument("--color-strength", type=common.not_negative, help="of the colour jitter, times (0.4, 0.4, 0.4, 0.1)")
-    parser.add_argument("--blur", type=common.share, help="probability of the Gaussian blur")
-    parser.add_argument("--min-scale", type=common.share, help="smallest share of the image's area that a crop has")
+    add = parser.add_argument
+    add("--temperature", type=common.positive, help="softmax temperature")
+    add("--base-temperature", type=common.positive,
+        help="the loss is multiplied by --temperature over this")
+    add("--positives", choices=["out", "in"],
+        help="take their mean outside the logarithm (equation 2) or inside (equation 3)")
+    add("--dim", type=common.count, help="dimension of the projection")
+    add("--optimizer", choices=["sgd", "adamw"], help="the paper's is sgd")
+    add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
+    add("--min-scale", type=common.fraction, help="smallest crop area as a fraction of the image")
     return parser.parse()
 
-
 if __name__ == "__main__":
-    common.launch(train, parse_args())
+    common.launch(train, parse_args)
