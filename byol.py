@@ -26,17 +26,15 @@ Published: ImageNet, ResNet-50, batch 4096: linear 72.5 % after 300 epochs (appe
 Differs from the paper: the target starts as a copy of the online network, there from new weights.
 Contrast and saturation are torchvision's, resizing is antialiased. The classifier that the official
 code trains alongside is left out. The recipes for small images are ours.
-
 Usage:  python byol.py    torchrun --nproc_per_node=8 byol.py --data /path/to/imagenet
 """
 import copy
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -3,8 +3,7 @@ Tian, Krishnan, Isola, ECCV 2020, arXiv 1906.05849.
 
 Idea. What the senses agree on is what is there. Here the views of an image are its lightness and
 its colours: two networks, each of which sees one of them, must produce features by which one can
-recognise the other's among those of all images. The representation is what both make of an image,
-side by side.
+recognise the other's among those of all images. The representation is both networks' features.
 
 Objective (section 3.2, two views), a mean over the images, with memory banks as in InsDis (3.4):
     L = L(1 -> 2) + L(2 -> 1),   L(a -> b) = -log P(i | z_a) = -log  exp(z_a . v_b,i / tau) / Z
@@ -12,20 +11,18 @@ The candidates are the image's own row of the other view's bank and m rows drawn
 `--loss softmax` Z is the sum over them. With `--loss nce` it is a constant for each direction,
 estimated from the first batch, and with h = P / (P + m / n)
     L(a -> b) = -log h_i - sum over the m drawn rows j of log (1 - h_j)
-
 Notation. N images in the global batch, n in the data set.
     x            x1                        (N, 3, S, S)   one crop of each image, RGB in 0..1
     V1, V2       light, color              (N, 1, S, S), (N, 2, S, S)   L and ab, or Y and CbCr
     f1, f2       encoder.light, encoder.color; z   two of (N, d), unit length; h (N, D) of both
     v            memory                    (2, n, d)      the two banks, the same in every process
     m, tau       negatives, temperature
-The loss starts near 2 ln(m + 1) + 1 / (d tau^2), 21.0 for 16384 rows. On small data at a large rate
+The loss starts near 2 ln(m + 1) + 1 / (d tau^2), 21.0 for 16384 rows (NCE 2 more). On small data
 with `--negatives 0` it falls within each epoch and jumps back with the next, presumably because old
 rows look different and so tell whose turn is still to come. On Z see insdis.py.
 
 Published: ImageNet, two ResNet-50 of twice the width: linear 68.4 % (weights trained with
-FastAutoAugment, NCE, 4096, mixed precision). ImageNet-100, half the width, YCbCr, softmax, 4096:
-75.8 % (official README). Ours: RESULTS.md.
+FastAutoAugment, NCE, 4096 rows, mixed precision). Ours: RESULTS.md.
 
 Differs: the encoder converts the colours and takes RGB. The official code is float32, and says that
 mixed precision costs 0.5 to 1 point; here bf16 on GPUs. The recipes for small images are ours.
@@ -33,11 +30,10 @@ Usage:  python cmc.py    torchrun --nproc_per_node=8 cmc.py --data /path/to/imag
 """
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 IMAGENET = dict(                        # official train_CMC.py
     arch="resnet50", width=0.5, stem="imagenet", size=224,

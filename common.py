@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision.io import decode_jpeg, read_file
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from shapes import CLASSES, draw_shapes
@@ -95,9 +96,15 @@ class Folder:
         return views, used, broken
 
     def read(self, i):
-        """Image i as (3, H, W) uint8 RGB, or None if it cannot be read."""
+        """Image i as (3, H, W) uint8 RGB, or None if it cannot be read. torchvision reads JPEGs,
+        1.5 times as fast as Pillow."""
+        path = str(self.paths[i])
         try:
-            with Image.open(self.paths[i]) as image:
+            if path.lower().endswith(("jpg", "jpeg")):
+                with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+                    warnings.simplefilter("ignore")     # deprecated, and still the fastest
+                    return decode_jpeg(read_file(path), mode="RGB", apply_exif_orientation=True)
+            with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16"):       # 16-bit grey, which Pillow clips to white
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -386,14 +393,13 @@ def crop_and_resize(images, crop):
     boxes = boxes.view(4, crop.count, n).to(images.device, non_blocking=True)
     views = torch.empty(crop.count, n, channels, crop.size, crop.size, device=images.device)
     for part in chunks(images):
-        x = images[part].float()
-        for view, (top, left, h, w) in zip(views[:, part], boxes[:, :, part].unbind(1)):
-            rows = resize_weights(top, h, height, crop.size, crop.interpolation)
-            columns = resize_weights(left, w, width, crop.size, crop.interpolation)
-            resample(x, rows.div_(scale), columns, out=view)
-            if crop.interpolation != "bilinear":
-                view.clamp_(0, 1)
-    return views
+        x = images[part].float() / scale
+        top, left, h, w = boxes[:, :, part].flatten(1)
+        rows = resize_weights(top, h, height, crop.size, crop.interpolation)
+        columns = resize_weights(left, w, width, crop.size, crop.interpolation)
+        for view, r, c in zip(views, rows.chunk(crop.count), columns.chunk(crop.count)):
+            resample(x, r, c, out=view[part])
+    return views.clamp_(0, 1) if crop.interpolation != "bilinear" else views
 
 def crop_one(image, crop):
     """The crops of one image, (3, H, W) uint8 -> `count` of (3, size, size) uint8, in a worker."""
@@ -466,7 +472,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8, additive=False
         if additive:
             operations[0] = add_brightness
             amounts[0] = uniform(x, -brightness, brightness)
-        chunk = 64 if x.device.type == "cpu" else max(64, len(x) // 4)
+        chunk = 64 if x.device.type == "cpu" else max(64, math.ceil(len(x) / 4))
         for i in range(0, len(x), chunk):
             for k in torch.randperm(4).tolist():
                 operations[k](x[i:i + chunk], amounts[k][i:i + chunk])
@@ -591,9 +597,10 @@ class ResNet(nn.Module):
 def parse_arch(arch, depths=DEPTHS):
     """"resnet50x2" -> (50, 2.0). Raises UserError, a ValueError, for anything else."""
     match = re.fullmatch(r"resnet(\d+)(?:x(\d*\.?\d+))?", arch)
-    if not match or int(match[1]) not in depths or float(match[2] or 1) <= 0:
+    if not match or int(match[1]) not in depths or float(match[2] or 1) < 0.125:
         known = ", ".join(f"resnet{depth}" for depth in depths)
-        raise UserError(f"--arch {arch}: not one of {known}, or one with a width: resnet50x2")
+        raise UserError(f"--arch {arch}: not one of {known}, or one with a width of at least 0.125 "
+                        "(8 channels; with fewer torch crashes on CPUs): resnet50x2")
     return int(match[1]), float(match[2] or 1)
 
 def resnet(arch, norm="batch", stem="imagenet", zero_init=False, in_channels=3, stem_width=None):
@@ -890,15 +897,34 @@ class Parser(LineParser):
         early.add_argument("--recipe")
         early.add_argument("--version")
         known, _ = early.parse_known_args(self.argv)
-        named = "shapes" if known.data == "shapes" else "small"
-        name = known.recipe or (named if known.data in DATA else "imagenet")
+        folder = known.data not in DATA and os.path.isdir(known.data)
+        images = len(load_folder(known.data, "pretrain")) if folder and not known.recipe else 0
+        name = known.recipe or known.data
+        if name not in recipes:
+            name = "imagenet" if images >= 50_000 else "shapes" if images else "small"
         if known.version == "1" and f"{name}-v1" in recipes:
             name += "-v1"
-        self.recipe = dict(recipes.get(name, {}), recipe=name)
+        self.recipe = dict(recipes[name], recipe=name)
+        if 0 < images < 50_000:
+            self.recipe.update(few_images(images, recipes))
 
     def parse(self):
         self.set_defaults(**self.recipe)
         return self.parse_args(self.argv)
+
+def few_images(n, recipes):
+    """What to change in the recipe `shapes` for a folder of `n` photographs, so that a run takes
+    some ten minutes on a laptop, or on one GPU."""
+    gpu = torch.cuda.is_available()
+    batch = min(256 if gpu else 64, max(16, 2 ** int(math.log2(n / 16 + 1))))
+    epochs = min(400, max(10, (1_000_000 if gpu else 8_000 * os.cpu_count()) // n))
+    network = dict(arch="resnet18" if gpu else "resnet18x0.5")
+    if "resize" not in recipes["shapes"]:       # CPC v2 cuts patches of other sizes
+        network.update(stem="imagenet", size=96 if gpu else 64)
+    if "color_strength" in recipes["imagenet"]:
+        network.update(color_strength=recipes["imagenet"]["color_strength"])
+    return dict(network, recipe="few images", batch_size=batch, epochs=epochs,
+                warmup_epochs=epochs / 20, knn_every=max(1, epochs // 5))
 
 CHECKPOINT = dict(method=str, args=dict, epoch=int, step=int, encoder=dict, encoder_config=dict,
                   input=dict, model=dict, optimizer=dict)
@@ -906,17 +932,18 @@ CHECKPOINT = dict(method=str, args=dict, epoch=int, step=int, encoder=dict, enco
 def read_checkpoint(path):
     """A checkpoint of ours as a dict, on the CPU. Never runs code from the file. Raises UserError
     if it is none, or damaged."""
+    warnings.filterwarnings("ignore", "Detected pickle protocol")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key, kind in CHECKPOINT.items():
-            if not isinstance(checkpoint[key], kind):
-                raise TypeError(f"{key} is no {kind.__name__}")
+        wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint[key], kind)]
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()            # torch.load does not look at the checksums
     except OSError:
         raise
-    except Exception as e:                      # torch raises half a dozen kinds
-        raise UserError(f"{path}: not a checkpoint of these scripts ({first_line(e)})") from None
+    except Exception:                           # torch raises half a dozen kinds
+        wrong = True
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of these scripts")
     if damaged:
         raise UserError(f"{path}: damaged, the checksum of {damaged} is wrong")
     return checkpoint
@@ -1000,7 +1027,9 @@ class Run:
             self._say_result()
 
     def _lock(self):
-        """Keep the folder for this process until it ends."""
+        """Keep the folder for this process, until it ends or has another run."""
+        if Run.lock is not None:            # of the run before in this process
+            os.close(Run.lock)
         Run.lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1065,7 +1094,7 @@ class Run:
         kept = []
         for line in before.splitlines(keepends=True):
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] <= self.step - bool(self.line):
+                if self.step and json.loads(line)["step"] <= self.step - bool(self.line):
                     kept.append(line)
         if b"".join(kept) != before:
             write_atomically(self.log_file, b"".join(kept))
@@ -1178,7 +1207,7 @@ class Run:
             features(encoder, load_data(self.args.data, self.args.root, split, self.device), input,
                      self.args.workers, self.args.precision) for split in ("train", "val")]
         Stopped.at_once = False
-        return round(knn_accuracy(*bank, *queries), 2)
+        return round(knn_accuracy(*bank, *queries, default_k(bank[1])), 2)
 
     def _start_clock(self):
         self.clock = time.perf_counter()
@@ -1200,7 +1229,9 @@ class Run:
         if self.knn_untrained is not None:
             say(f"kNN accuracy {self.knn:.1f} % after {self.args.epochs} epochs; untrained "
                 f"{self.knn_untrained:.1f} %, pixels {self.knn_pixels:.1f} %")
-        say(f"next: python evaluate.py linear {self.checkpoint}")
+            if self.knn <= max(self.knn_untrained, self.knn_pixels):
+                say("it has not learned more than these know: try more --epochs or another --lr")
+        say(f"next: python evaluate.py linear {self.folder}")
 
     def _draw_views(self, views):
         """A row for each of the first images of the batch: the image, and its views."""
@@ -1293,6 +1324,10 @@ def nearest(bank, h, k):
         best, order = torch.cat([best, similarity], 1).topk(min(k, best.shape[1] + len(chunk)))
         where = torch.cat([where, indices + start], 1).gather(1, order)
     return best, where
+
+def default_k(labels):
+    """200 neighbours, or half the images of a class where these are fewer."""
+    return min(200, max(1, len(labels) // (2 * int(labels.max()) + 2)))
 
 def knn_accuracy(train_h, train_labels, h, labels, k=200, temperature=0.1):
     """Top-1 accuracy in percent of weighted k-nearest-neighbour classification (Wu et al. 2018,

@@ -24,7 +24,7 @@ reading; each direction has its own W and W_k; ResNet-161 is 3, 4 and 46 blocks,
 (the paper says 305 M); layer norms span the channels and places of one patch; the last ReLU of the
 context network comes once; no rate schedule; images are mirrored. Differs: AutoAugment lacks cutout
 and sample pairing and has uniform strengths; negatives are 64 x 36 of a process, there 16 x 36
-(`--gather`: of all processes); the average of the weights starts at the initial ones.
+(8 processes, there 32; `--gather`: of all); the average of the weights starts at the initial ones.
 Usage:  python cpc_v2.py    torchrun --nproc_per_node=8 cpc_v2.py --data /path/to/imagenet
 """
 import copy
@@ -32,13 +32,12 @@ import functools
 import math
 from typing import NamedTuple
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import equalize
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -110,8 +109,8 @@ def augment(x, patch_augment):
             x = common.grayscale(x, p=0.25)                                     # (iv)
     x = common.normalize(x, MEAN, STD)
     if patch_augment == "drop":
-        kept = F.one_hot(torch.randint(3, (len(x),)), 3)                        # one channel of 3;
-        x = x * kept[:, :, None, None].to(x)                                    # 0 is the mean
+        kept = F.one_hot(torch.randint(3, (len(x),)), 3).float()                # one channel of 3;
+        x = x * kept[:, :, None, None].to(x.device, non_blocking=True)          # 0 is the mean
     return x
 
 def warp(x, matrix, displacement=0.0):
@@ -147,9 +146,6 @@ def color_curves(x, strength=0.1, knots=5):
         x = x + (1 - (place - k).abs()).clamp(min=0) * offset
     return x.clamp(0, 1)
 
-def rotate(x, angle):
-    return affine(x, angle.cos(), -angle.sin(), angle.sin(), angle.cos())
-
 def autocontrast(x, _):
     """Stretch each channel to 0..1; a flat one stays."""
     low = x.amin((2, 3), keepdim=True)
@@ -164,8 +160,6 @@ def posterize(x, bits):
 
 def sharpness(x, factor):
     """Blend with a 3x3 smoothing, as Pillow does; the border stays."""
-    if not len(x):
-        return x
     kernel = common.constant((1.0, 1, 1, 1, 5, 1, 1, 1, 1), x.device).view(1, 1, 3, 3) / 13
     smooth = x.clone()
     smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel.expand(3, -1, -1, -1), groups=3)
@@ -178,10 +172,10 @@ PRIMITIVES = {
     "shear y": (lambda x, m: affine(x, 1, 0, m, 1), -0.3, 0.3),
     "translate x": (lambda x, m: affine(x, 1, 0, 0, 1, tx=m), -300 / 331, 300 / 331),
     "translate y": (lambda x, m: affine(x, 1, 0, 0, 1, ty=m), -300 / 331, 300 / 331),
-    "rotate": (rotate, -math.pi / 6, math.pi / 6),
+    "rotate": (lambda x, a: affine(x, a.cos(), -a.sin(), a.sin(), a.cos()), -math.pi / 6, math.pi / 6),
     "auto-contrast": (autocontrast, 0, 0),
     "invert": (lambda x, _: 1 - x, 0, 0),
-    "equalize": (lambda x, _: equalize(x) if len(x) else x, 0, 0),
+    "equalize": (lambda x, _: equalize(x), 0, 0),
     "solarize": (lambda x, m: torch.where(x >= m, 1 - x, x), 0, 1),
     "posterize": (posterize, 0, 5),
     "contrast": (lambda x, m: common.adjust_contrast(x.clone(), m), 0.1, 1.9),
@@ -199,7 +193,7 @@ def autoaugment_primitives(x, count=2):
         sizes = kinds.bincount(minlength=len(PRIMITIVES)).tolist()
         parts = x[order.to(x.device, non_blocking=True)].split(sizes)
         draws = common.uniform(x, 0, 1).split(sizes)
-        changed = [operation(part, low + (high - low) * u)
+        changed = [operation(part, low + (high - low) * u) if len(part) else part
                    for (operation, low, high), part, u in zip(PRIMITIVES.values(), parts, draws)]
         back = order.argsort().to(x.device, non_blocking=True)
         x = torch.cat(changed)[back]
@@ -330,8 +324,8 @@ class CPC(nn.Module):
 
     @torch.no_grad()
     def update_average(self, ema_momentum):
-        average = list(self.average.parameters())
-        torch._foreach_lerp_(average, list(self.encoder.parameters()), 1 - ema_momentum)
+        weights = list(self.average.parameters())
+        torch._foreach_lerp_(weights, list(self.encoder.parameters()), 1 - ema_momentum)
         for average, buffer in zip(self.average.buffers(), self.encoder.buffers()):
             average.copy_(buffer)                                       # of --norm batch
 
@@ -342,8 +336,8 @@ def encode(encoder, patches):
     return encoder(x).view(n, rows, columns, -1).permute(0, 3, 1, 2)
 
 def context_network(dim, hidden, layers):
-    """Appendix A's pixelCNN, (N, dim, R, C) -> the same form. Row i depends on rows 0 to i and,
-    after five layers, on every column."""
+    """Appendix A's pixelCNN, (N, dim, R, C) -> the same form. Each layer sees one more row above
+    and one more column on either side; five cover the paper's 6 x 6."""
     return nn.Sequential(*(ContextBlock(dim, hidden) for _ in range(layers)), nn.ReLU())
 
 class ContextBlock(nn.Module):
@@ -360,8 +354,7 @@ class ContextBlock(nn.Module):
         return c + self.conv4(F.relu(y))
 
 def recompute_blocks(encoder):
-    """Keep only what goes in and out of the residual blocks, and compute the rest again for the
-    gradient: one more forward pass, far less memory."""
+    """Keep only what goes in and out of blocks, and compute the rest again for the gradient."""
     for block in encoder.modules():
         if isinstance(block, Block):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
@@ -380,9 +373,9 @@ def cpc_loss(predictions, targets, offset):
 
 # ------------------------------------------------------------------- training (appendix A)
 
-def learning_rate(step, warmup, total):
+def learning_rate(step, warmup):
     """As a fraction of the peak: a linear warm-up, if any, then constant."""
-    return min(1, step / warmup) if warmup else 1.0
+    return min(1, step / max(warmup, 1)) if step < warmup else 1.0
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
@@ -401,14 +394,14 @@ def train(args, device):
                                  weight_decay=args.weight_decay)
     run = common.Run(args, model, optimizer, batches, MEAN, STD, encoder=model.average)
 
-    network = common.distribute(model, args.compile)                    # DDP; no batch statistics
+    network = common.distribute(model, args.compile)                    # DDP; BN per process
 
     peak_lr = args.lr * args.batch_size / 256
     warmup = args.warmup_epochs * len(batches)
 
     for step in range(run.step, run.total):
         x, = run.crops(step)
-        lr = peak_lr * learning_rate(step, warmup, run.total)
+        lr = peak_lr * learning_rate(step, warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -429,11 +422,8 @@ def train(args, device):
         torch.nn.utils.clip_grad_norm_(weights, args.clip)
         optimizer.step()
         model.update_average(args.ema_momentum)
-        run.finish_step(loss, lr, found[0][1].flatten(0, 2), [mosaic(patches[:8])])
-
-def mosaic(patches):
-    """(N, R, C, 3, s, s) -> (N, 3, R s, C s), the patches side by side, for views.png."""
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        mosaic = patches[:8].permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        run.finish_step(loss, lr, found[0][1].flatten(0, 2), [mosaic])
 
 # ------------------------------------------------------------------- flags
 

@@ -26,17 +26,15 @@ Published: ImageNet, ResNet-50, 800 epochs: linear 75.2 % (official README). Our
 Differs: every process keeps the memory of all images (1.3 GB for ImageNet) and clusters a share; an
 image that an epoch left out keeps its embedding. Version 1 has a ResNet without Sobel's filter and
 spherical k-means; it weights images by 1 / cluster size, which equals sampling clusters evenly.
-
 Usage:  python deepcluster.py    torchrun --nproc_per_node=8 deepcluster.py --data /path/to/imagenet
 """
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -125,34 +123,30 @@ class DeepCluster(nn.Module):
         self.memory[:, common.gather(indices)] = common.gather(z.transpose(0, 1)).transpose(0, 1)
 
     @torch.no_grad()
-    def cluster(self, iterations):
-        """Version 2: prototypes and assignments of each head, from the memory."""
-        seen = self.memory[0].any(1)                            # (n,)
-        before = self.assignments.clone()
-        for head in range(len(self.prototypes)):
-            features = self.memory[head % 2][seen]
-            self.prototypes[head], self.assignments[head, seen] = spherical_kmeans(
-                features, len(self.weights), iterations)
-        self.note(before[0])
-
-    @torch.no_grad()
-    def cluster_features(self, h, iterations):
-        """Version 1: assignments from the features h (n, D), and a new classifier."""
-        before = self.assignments.clone()
-        h = F.normalize(pca_whiten(h, 256), dim=1)              # section 4, implementation
-        found = spherical_kmeans(h, len(self.weights), iterations, refill=True)
-        self.assignments[0] = found[1]
-        sizes = self.assignments[0].bincount(minlength=len(self.weights))
-        self.weights.copy_(len(h) / (len(sizes) * sizes.clamp(min=1)))
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
-        self.note(before[0])
-
-    def note(self, before):
+    def cluster(self, iterations, h=None):
+        """New prototypes and assignments of each head from the memory; or, version 1, assignments
+        from the features h (n, D) of all images, and a new classifier."""
+        before = self.assignments[0].clone()
+        K = len(self.weights)
+        if h is None:
+            seen = self.memory[0].any(1)                        # (n,)
+            for head in range(len(self.prototypes)):
+                z = self.memory[head % 2][seen]
+                self.prototypes[head], found = spherical_kmeans(z, K, iterations)
+                self.assignments[head, seen] = found
+        else:
+            h = F.normalize(pca_whiten(h, 256), dim=1)
+            _, self.assignments[0] = spherical_kmeans(h, K, iterations, refill=True)
+            sizes = self.assignments[0].bincount(minlength=K)
+            self.weights.copy_(len(h) / (K * sizes.clamp(min=1)))
+            nn.init.normal_(self.classifier.weight, std=0.01)
+            nn.init.zeros_(self.classifier.bias)
+            if common.WORLD_SIZE > 1:
+                dist.broadcast(self.classifier.weight, 0)       # drawn by the first process
         now = self.assignments[0]
         both = (before >= 0) & (now >= 0)
         self.changes[0] = mutual_information(before[both], now[both])
-        self.changes[1] = len(self.weights) - len(now[now >= 0].unique())
+        self.changes[1] = K - len(now[now >= 0].unique())
 
 # ------------------------------------------------------------------- clustering and loss
 
@@ -172,8 +166,8 @@ def spherical_kmeans(features, num_clusters, iterations, refill=False):
         length = sums.norm(dim=1, keepdim=True)
         centroids = torch.where(length > 0, sums / length, centroids)
         if refill:
-            empty = (length[:, 0] == 0).nonzero()[:, 0].cpu()
-            full = (length[:, 0] > 0).nonzero()[:, 0].cpu()
+            is_empty = length[:, 0].cpu() == 0
+            empty, full = is_empty.nonzero()[:, 0], (~is_empty).nonzero()[:, 0]
             chosen = full[torch.randint(len(full), (len(empty),), generator=generator)]
             noise = 1e-3 * torch.randn(len(empty), centroids.shape[1], generator=generator)
             centroids[empty] = F.normalize(centroids[chosen] + noise.to(centroids), dim=1)
@@ -218,8 +212,8 @@ def learning_rate(step, warmup, total):
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
     crops = [common.Crop(args.large_crops, args.size, (args.min_scale, 1.0), flip=0.5)]
+    scale = (args.small_scale, args.min_scale)
     if args.small_crops:
-        scale = (args.small_scale, args.min_scale)
         crops.append(common.Crop(args.small_crops, args.small_size, scale, flip=0.5))
     batches = common.Batches(data, crops, args.batch_size, args.seed)
     if args.num_prototypes > len(batches) * args.batch_size:
@@ -245,8 +239,8 @@ def train(args, device):
     peak_lr = args.lr * args.batch_size / 256
     warmup = args.warmup_epochs * len(batches)
     if run.step == 0 and args.version == 2:                             # fill the memory
-        steps = range(len(batches))
-        for views, indices, _ in common.stream(batches, steps, args.workers, device):
+        items = common.stream(batches, range(len(batches)), args.workers, device)
+        for views, indices, _ in items:
             common.seed_all(args.seed, common.RANK, 2, int(indices[0]))
             views = [augment(x, args.color_strength, args.blur) for x in views[:2]]
             with torch.no_grad():
@@ -264,7 +258,9 @@ def train(args, device):
             model.cluster(args.iterations)
         elif step % len(batches) == 0:
             h, _ = common.features(model.encoder, data, run.input, args.workers, args.precision)
-            model.cluster_features(h, args.iterations)
+            model.cluster(args.iterations, h)
+            for w in model.classifier.parameters():
+                optimizer.state.pop(w, None)                            # of the old classifier
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             outputs = network(views)                                    # (V, N / W, d or K)
         indices = run.indices.to(device, non_blocking=True)
@@ -294,10 +290,8 @@ def parse_args(argv=None):
     add("--heads", type=common.count, help="number of clusterings, H")
     add("--num-prototypes", type=common.count, help="number of clusters of each, K")
     add("--iterations", type=common.count, help="iterations of k-means")
-    add("--small-crops", type=common.whole,
-        help="small crops besides the two large ones; with 0 the paper has --min-scale 0.08")
-    add("--small-scale", type=common.fraction,
-        help="smallest area of a small crop as a fraction of the image; the largest is --min-scale")
+    add("--small-crops", type=common.whole, help="small crops besides the two large ones")
+    add("--small-scale", type=common.fraction, help="smallest area of a small crop as a fraction")
     add("--optimizer", choices=["larc", "adamw", "sgd"], help="version 2 has larc, version 1 sgd")
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
     add("--min-scale", type=common.fraction, help="smallest crop area as a fraction of the image")

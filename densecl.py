@@ -17,7 +17,7 @@ Notation. N images in the global batch, P = S x S positions.
     r, t         dense_projector, key_dense_projector  (N, P, d)      unit length
     queue        queue, dense_queue                    (K, d)         keys; dense keys, averaged
     lambda, m    dense_weight, ema_momentum
-Shuffling: see moco.py. The loss starts at ln(K + 1) = 11.09 once the queues are full of keys.
+Shuffling: see moco.py. Once the queues are full of keys the loss is near ln(K + 1) = 11.09.
 
 Published: ImageNet, ResNet-50, 200 epochs, then detection on VOC 07+12: AP 58.7 (MoCo v2: 57.0).
 Ours: RESULTS.md.
@@ -31,11 +31,10 @@ Usage:  python densecl.py    torchrun --nproc_per_node=8 densecl.py --data /path
 import copy
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -140,7 +139,8 @@ def positions(maps):
 def match(maps_q, maps_k):
     """Equation 4: for each position of the query the most similar one of the key. maps_q (N, P, D),
     maps_k (N, P', D): features of the backbone, not projections -> (N, P) int64 in 0..P' - 1."""
-    similarity = F.normalize(maps_q, dim=2) @ F.normalize(maps_k, dim=2).mT     # (N, P, P')
+    with torch.autocast(maps_q.device.type, enabled=False):
+        similarity = F.normalize(maps_q, dim=2) @ F.normalize(maps_k, dim=2).mT     # (N, P, P')
     return similarity.argmax(2)
 
 def shuffle(x, order):
@@ -229,10 +229,12 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x1 = augment(x1, args.color_strength, args.blur)
-        x2 = augment(x2, args.color_strength, args.blur)
+        x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
+        x1, x2 = x.chunk(2)
         model.update_key_encoder(args.ema_momentum)                     # before the keys are made
-        order = permutation(args.batch_size, step).to(device, non_blocking=True)
+        generator = torch.Generator().manual_seed(step)                 # the same in every process
+        order = torch.randperm(args.batch_size, generator=generator)
+        order = order.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             q, k, keys, dense_q, dense_k, dense_keys = network(x1, x2, order)
         loss_q = info_nce(q, k, model.queue, args.temperature)
@@ -244,10 +246,6 @@ def train(args, device):
         optimizer.step()
         model.enqueue(keys, dense_keys, step)                           # after they were scored
         run.finish_step(loss, lr, q, [x1, x2], loss_q=loss_q, loss_r=loss_r)
-
-def permutation(n, step):
-    """(n,) the order in which images are dealt in `step`, the same in every process."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(step))
 
 # ------------------------------------------------------------------- flags
 

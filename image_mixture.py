@@ -16,7 +16,7 @@ Objective, with MoCo's L(q, k) of queries q and keys k (moco.py):
 Notation. N images in the global batch; all else as in moco.py.
     lambda       share          the share of image i in m_i; 1 - lambda is that of image N - 1 - i
     q_m          q_mixed        (N, d)      the queries of m
-The loss starts at ln(K + 1), with unmix at twice that, once the queue is full of keys.
+Once the queue is full of keys the loss is near ln(K + 1), with unmix near twice that, and falls.
 
 Published (official README): CIFAR-10, ResNet-18, 1000 epochs, kNN: MoCo 89.1, with Un-Mix 91.3 %.
 Ours: RESULTS.md.
@@ -25,16 +25,14 @@ Differs: the other image of the 2020 form is one of the same process's batch, th
 squares have the blends' Beta distribution. The recipes are moco.py's.
 
 Usage:  python image_mixture.py --mixture unmix
-        torchrun --nproc_per_node=8 image_mixture.py --mixture unmix --data /path/to/imagenet
 """
 import copy
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -44,13 +42,13 @@ IMAGENET = dict(
     mix_count=2, mix_probability=0.1,   # 2020: mixtures of an image, and the probability of each
     unmix_global=0.0,                                   # official main_moco_unmix.py
     arch="resnet50", stem="imagenet", size=224,
-    epochs=200, batch_size=256,         # v1, section 4
-    lr=0.03, optimizer="sgd", weight_decay=1e-4,        # v1, section 4; decay on everything
+    epochs=200, batch_size=256,         # MoCo v1, section 4
+    lr=0.03, optimizer="sgd", weight_decay=1e-4,        # MoCo v1, section 4
     warmup_epochs=0,
-    queue_size=65536, ema_momentum=0.999,               # v1, section 4
-    temperature=0.2,                    # v2, section 3, MLP head
+    queue_size=65536, ema_momentum=0.999,               # MoCo v1, section 4
+    temperature=0.2,                    # MoCo v2
     dim=128, bn_splits=1,
-    color_strength=1.0, blur=0.5,       # v2, section 3
+    color_strength=1.0, blur=0.5,       # MoCo v2
     min_scale=0.2,
     knn_every=0,
 )
@@ -98,17 +96,15 @@ def mixture(views, kind, alpha, count, probability):
         for _ in range(count):
             chosen = (torch.rand(n) < probability).nonzero()[:, 0]
             other = (chosen + torch.randint(1, max(n, 2), chosen.shape)) % n
-            share = beta_share(alpha, len(chosen))
+            share = torch.distributions.Beta(alpha, alpha).sample((len(chosen),))
             centre = torch.rand(len(chosen), 2)
             for x, original in zip(views, originals):
                 here = chosen.to(x.device, non_blocking=True)
                 there = original[other.to(x.device, non_blocking=True)]
-                if level == "global":
-                    weight = share[:, None, None, None].to(x.device, non_blocking=True)
-                    mixed = there.lerp(x[here], weight)
-                else:
-                    inside = squares(1 - share, centre, x.shape[2]).to(x.device, non_blocking=True)
-                    mixed = torch.where(inside, there, x[here])
+                weight = share[:, None, None, None]                     # of x
+                if level == "region":
+                    weight = 1 - squares(1 - share, centre, x.shape[2]).float()
+                mixed = there.lerp(x[here], weight.to(x.device, non_blocking=True))
                 x.index_copy_(0, here, mixed)
 
 def unmix(x, global_share, alpha):
@@ -116,7 +112,7 @@ def unmix(x, global_share, alpha):
     number. mixed[i] has `share` of image i, and mixed.flip(0)[i] the rest. The share is from
     Beta(alpha, alpha); with probability `global_share` images are blended, otherwise a square of
     the other replaces that of each, and the share is what this really leaves."""
-    share = beta_share(alpha, 1)
+    share = torch.distributions.Beta(alpha, alpha).sample((1,))
     centre = torch.rand(1, 2)
     if torch.rand(()) < global_share:
         return x.flip(0).lerp(x, share.item()), share.item()
@@ -124,16 +120,13 @@ def unmix(x, global_share, alpha):
     mixed = torch.where(square.to(x.device, non_blocking=True), x.flip(0), x)
     return mixed, 1 - square.float().mean().item()
 
-def beta_share(alpha, n):
-    return torch.distributions.Beta(alpha, alpha).sample((n,))
-
 def squares(area, centre, size):
     """(M,) areas and (M, 2) centres in 0..1 -> (M, 1, size, size), True in such squares."""
     pixel = (torch.arange(size) + 0.5) / size
     near = (pixel - centre[:, :, None]).abs() < area.sqrt()[:, None, None] / 2      # (M, 2, size)
     return (near[:, 0, :, None] & near[:, 1, None, :])[:, None]
 
-# ------------------------------------------------------------------- model (v1, Algorithm 1)
+# ------------------------------------------------------------------- model (MoCo)
 
 class MoCo(nn.Module):
     def __init__(self, arch, stem, dim, queue_size, bn_splits):
@@ -157,7 +150,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, ema_momentum):
-        """Equation 2, for parameters only: the key encoder's BN statistics are its own."""
+        """MoCo's equation 2, for parameters only: the key encoder's BN statistics are its own."""
         theta_k = [*self.key_encoder.parameters(), *self.key_projector.parameters()]
         theta_q = [*self.encoder.parameters(), *self.projector.parameters()]
         torch._foreach_lerp_(theta_k, theta_q, 1 - ema_momentum)    # all parameters at once
@@ -208,7 +201,7 @@ def split_batch_norm(model, splits):
             module.__class__ = SplitBatchNorm2d
             module.splits = splits
 
-# ------------------------------------------------------------------- loss (v1, equation 1)
+# ------------------------------------------------------------------- loss (MoCo, equation 1)
 
 def info_nce(q, k, queue, temperature):
     """A scalar, the mean over the queries. q, k (N, d), queue (K, d), of unit length; the gradient
@@ -219,7 +212,7 @@ def info_nce(q, k, queue, temperature):
     target = torch.zeros(len(q), dtype=torch.int64, device=q.device)    # column 0 is the positive
     return F.cross_entropy(logits, target)
 
-# ------------------------------------------------------------------- training (v1, Algorithm 1)
+# ------------------------------------------------------------------- training (MoCo)
 
 def learning_rate(step, warmup, total):
     """As a fraction of the peak: a linear warm-up, if any, then a half cosine to 0."""
@@ -253,13 +246,15 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x1 = augment(x1, args.color_strength, args.blur)
-        x2 = augment(x2, args.color_strength, args.blur)
+        x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
+        x1, x2 = x.chunk(2)
         views = [x1, x2]
         if args.mixture in ("global", "region", "both"):
             mixture(views, args.mixture, args.mix_alpha, args.mix_count, args.mix_probability)
         model.update_key_encoder(args.ema_momentum)                     # before the keys are made
-        order = permutation(args.batch_size, step).to(device, non_blocking=True)
+        generator = torch.Generator().manual_seed(step)                 # the same in every process
+        order = torch.randperm(args.batch_size, generator=generator)
+        order = order.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             q, k, keys = network(x1, x2, order)                         # (N / W, d) twice, (N, d)
         loss = info_nce(q, k, model.queue, args.temperature)
@@ -277,17 +272,14 @@ def train(args, device):
         model.enqueue(keys, step)                                       # after they were scored
         run.finish_step(loss, lr, q, views)
 
-def permutation(n, step):
-    """(n,) the order in which images are dealt in `step`, the same in every process."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(step))
-
 # ------------------------------------------------------------------- flags
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
     add = parser.add_argument
-    add("--mixture", choices=["none", "global", "region", "both", "unmix"], help="see above")
-    add("--mix-alpha", type=common.positive, help="blends are drawn from Beta(alpha, alpha)")
+    add("--mixture", choices=["none", "global", "region", "both", "unmix"],
+        help="global, region and both are of 2020, unmix is of 2022")
+    add("--mix-alpha", type=common.positive, help="shares are from Beta(alpha, alpha)")
     add("--mix-probability", type=common.fraction, help="probability of each mixture of 2020")
     add("--unmix-global", type=common.fraction, help="probability that unmix blends")
     add("--temperature", type=common.positive, help="softmax temperature")

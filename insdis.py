@@ -30,12 +30,10 @@ Usage:  python insdis.py    torchrun --nproc_per_node=8 insdis.py --data /path/t
 """
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

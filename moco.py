@@ -20,23 +20,21 @@ Notation. N images in the global batch.
 Shuffling: by its batch statistics BN tells which images share a batch. A query could find its key
 by that instead of by what the image shows (v1, A.9: pretext accuracy above 99.9 %, falling kNN), so
 keys are encoded in batches dealt anew. In one process `--bn-splits` makes BN see parts of a batch.
-The loss starts at ln(K + 1), 11.09 for K = 65536, once the queue is full of keys.
+Once the queue is full of keys the loss is near ln(K + 1), 11.09 for K = 65536, and falls.
 
 Published: ImageNet, ResNet-50, 200 epochs: linear 60.6 % (v1), 67.5 % (v2). Ours: RESULTS.md.
 
 Differs from the papers: the cosine falls in every step, not once an epoch; `small` normalises with
 ImageNet's mean and standard deviation, not CIFAR's, and has v2's head.
-
 Usage:  python moco.py    torchrun --nproc_per_node=8 moco.py --data /path/to/imagenet
 """
 import copy
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -178,12 +176,12 @@ def info_nce(q, k, queue, temperature):
 # ------------------------------------------------------------------- training (v1, Algorithm 1)
 
 def learning_rate(step, warmup, total, version):
-    """As a fraction of the peak. v1: a tenth after 60 % and 80 % of the run (120 and 160 of 200
-    epochs); v2: a linear warm-up, if any, then a half cosine to 0."""
-    if version == 1:
-        return 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
+    """As a fraction of the peak: a linear warm-up, if any, then v1: a tenth after 60 % and 80 % of
+    the run (120 and 160 of 200 epochs); v2: a half cosine to 0."""
     if step < warmup:
         return step / warmup
+    if version == 1:
+        return 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 def train(args, device):
@@ -212,8 +210,8 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x1 = augment(x1, args.version, args.color_strength, args.blur)
-        x2 = augment(x2, args.version, args.color_strength, args.blur)
+        x = augment(torch.cat([x1, x2]), args.version, args.color_strength, args.blur)
+        x1, x2 = x.chunk(2)
         model.update_key_encoder(args.ema_momentum)                     # before the keys are made
         order = permutation(args.batch_size, step, args.shuffle).to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):

@@ -2,9 +2,8 @@
 Chen, Kornblith, Norouzi, Hinton, ICML 2020, arXiv 2002.05709.
 
 Idea. Augment every image of a large batch twice. A network must recognise, among all other views of
-the batch, the one that comes from the same image. What the augmentation changes it learns to
-ignore; what is left is what the image shows. A small network on top, the projector, takes the loss
-and is thrown away afterwards: the representation below it is kept.
+the batch, the one of the same image. What the augmentation changes it learns to ignore; what is
+left is what the image shows. The projector on top is thrown away: the representation is kept.
 
 Objective (equation 1 and Algorithm 1), the mean of l over all 2N positive pairs, in both orders:
     l(i, j) = -log  exp(s(i, j) / tau) / sum over k != i of exp(s(i, k) / tau),
@@ -23,20 +22,18 @@ another image are not independent of each other, so it is an estimate. It cannot
 Published: ImageNet, ResNet-50: linear 64.5 % after 100 epochs (table 1), 69.3 % after 1000 (table
 6); CIFAR-10: 94.0 % (B.9). Ours: RESULTS.md.
 
-Differs from the paper: crops are torchvision's (area uniform), antialiased. Brightness is a factor,
-as in the official code's default (appendix A adds); contrast blends with the mean luma, saturation
-with the luma (there each channel's mean, and HSV); the blur mirrors the border. The official loss
-is the sum over both orders, twice this.
+Differs from the paper: crops are torchvision's, antialiased. Brightness is a factor, as by default in
+the code (appendix A adds); contrast blends with the mean luma, saturation with the luma (there each
+channel's mean, and HSV); the blur mirrors the border. The official loss is a sum, twice this.
 
 Usage:  python simclr.py    torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet
 """
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.0, 0.0, 0.0)                  # the official code does not normalise images
 STD = (1.0, 1.0, 1.0)
@@ -152,10 +149,10 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x1 = augment(x1, args.color_strength, args.blur)
-        x2 = augment(x2, args.color_strength, args.blur)
+        x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
+        x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = network(torch.cat([x1, x2]))                            # (2N / W, d)
+            z = network(x)                                              # (2N / W, d)
         z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
         loss = nt_xent(z1, z2, args.temperature)
 

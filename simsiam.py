@@ -27,11 +27,10 @@ Usage:  python simsiam.py    torchrun --nproc_per_node=8 simsiam.py --data /path
 """
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -152,8 +151,8 @@ def train(args, device):
         if args.predictor != "decayed":
             group["lr"] = peak_lr                                       # of the predictor: 4.2
 
-        x1 = augment(x1, args.color_strength, args.blur)
-        x2 = augment(x2, args.color_strength, args.blur)
+        x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
+        x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             outputs = network(x1, x2)                                   # (N / W, d) each
         p1, p2, z1, z2 = [output.float() for output in outputs]

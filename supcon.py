@@ -1,12 +1,11 @@
 """SupCon: Supervised Contrastive Learning.
 Khosla, Teterwak, Wang, Sarna, Tian et al., NeurIPS 2020, arXiv 2004.11362.
 
-SUPERVISED: this script learns from the labels of the training images, as no other method here does.
-Its figures do not compare with theirs; it is here because it is SimCLR with one change.
+SUPERVISED: it learns from the labels of the training images, as no other method here does, and its
+figures do not compare with theirs. It is here because it is SimCLR with one change.
 
 Idea. SimCLR knows one positive of a view, the other view of the same image, and pushes everything
-else away, images of the same class too. With labels every view of the class is a positive: a class
-gathers in one place of the sphere, where a linear classifier finds it.
+else away, images of the same class too. With labels every view of the class is a positive.
 
 Objective (equation 2, "out", or equation 3, "in"), over all 2N views i; P(i) are the other views
 with the label of i, p(i, p) = exp(z_i . z_p / tau) / sum over a != i of exp(z_i . z_a / tau):
@@ -19,25 +18,22 @@ Notation. N images in the global batch.
     Enc, r       encoder, h     (N, D)         the representation, what is kept
     Proj, z      projector, z   (N, d)         of unit length
     tau, tau_0   temperature, base_temperature
-tau_0 = 0.07 is the official code's. It multiplies SGD's rate by tau / tau_0, 1.43 at tau = 0.1.
-The loss starts at tau / tau_0 ln(2N - 1), 10.9 at a batch of 1024 and tau = 0.1.
-
+tau_0 = 0.07 is the official code's; tau / tau_0 multiplies SGD's rate by 1.43 at tau = 0.1, and the
+loss, which starts at tau / tau_0 ln(2N - 1) = 10.9 at a batch of 1024.
 Published (official README): CIFAR-10, ResNet-50, 1000 epochs: linear 96.0 % (cross entropy 95.0,
 SimCLR 93.6); ImageNet, ResNet-50, with MoCo's queue: 79.1 %. Ours: RESULTS.md.
 
 Differs from the paper: the mean over the views, as in the official code, where equations 2 and 3
 have sums. BN is synchronised; the warm-up starts at 0 and the cosine after it; ImageNet's mean and
 standard deviation normalise the images. `small` is the official CIFAR-10 recipe, `imagenet` ours.
-
 Usage:  python supcon.py    torchrun --nproc_per_node=8 supcon.py --data /path/to/imagenet
 """
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -146,10 +142,10 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        x1 = augment(x1, args.color_strength, args.blur)
-        x2 = augment(x2, args.color_strength, args.blur)
+        x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
+        x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = network(torch.cat([x1, x2]))                            # (2N / W, d)
+            z = network(x)                                              # (2N / W, d)
         z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
         y = common.gather(labels[run.indices.to(device, non_blocking=True)])    # (N,)
         loss = supervised_contrastive(z1, z2, y, args.temperature, args.base_temperature,

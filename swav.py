@@ -26,16 +26,14 @@ Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96: linear 72.1 / 73.9 / 74.6 / 75
 Differs from the paper: the loss is the official code's mean over pairs of crops, equation 6 a sum;
 Sinkhorn works on logarithms, which cannot overflow; the images' standard deviation is 0.229, there
 0.228. The recipes for small images are ours.
-
 Usage:  python swav.py    torchrun --nproc_per_node=8 swav.py --data /path/to/imagenet
 """
 import math
 
+import common  # before torch, since it handles signals from then on
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -180,7 +178,11 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        views = [augment(x, args.color_strength, args.blur) for x in views]
+        large = augment(torch.cat(views[:2]), args.color_strength, args.blur).chunk(2)
+        small = views[2:]
+        if small:
+            small = augment(torch.cat(small), args.color_strength, args.blur).chunk(len(small))
+        views = [*large, *small]
         model.normalize_prototypes()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z, scores = network(views)                                  # V of (N / W, d) and K

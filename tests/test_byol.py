@@ -1,4 +1,6 @@
-"""byol.py: the loss against its equation, who gets gradient and average, accumulation, one process against two, whole runs."""
+"""byol.py: the loss beside equation 2, who gets a gradient and who an average, the order of a step,
+the momentum of the target and the rates."""
+import copy
 import math
 
 import pytest
@@ -7,105 +9,182 @@ from torch import nn
 
 import byol
 import common
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train, watch
+from conftest import logged, mistake, tiny, train, two_processes, watch
 
-TINY = [*TINY, "--dim", "16", "--hidden", "32", "--lr", "2"]
+# With `few_images` an epoch has 10 steps.
+RUN = [*tiny("byol"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0",
+       "--dim", "16", "--hidden", "32"]
 
+@pytest.fixture
+def few_images(monkeypatch):
+    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
+    draw = common.draw_shapes
+    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
+    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
+    common.load_data.cache_clear()
+    yield
+    common.load_data.cache_clear()
+
+# ------------------------------------------------------------------- loss
 
 def regression_loss_by_loops(p, z):
-    """Equation 2, one image and one coordinate at a time."""
+    """Equation 2: the squared distance of the vectors of unit length, coordinate by coordinate."""
     total = 0.0
-    for u, v in zip(p.double(), z.double()):
-        a, b = math.sqrt(sum(float(x) ** 2 for x in u)), math.sqrt(sum(float(x) ** 2 for x in v))
-        total += sum((float(x) / a - float(y) / b) ** 2 for x, y in zip(u, v))
+    for u, v in zip(p, z):
+        u_length = torch.sqrt(sum(a * a for a in u))
+        v_length = torch.sqrt(sum(b * b for b in v))
+        for a, b in zip(u, v):
+            total += (a / u_length - b / v_length) ** 2
     return total / len(p)
 
-
 @pytest.mark.parametrize("n,d", [(1, 2), (7, 5), (16, 32)])
-def test_loss_equals_its_equation(n, d):
+def test_loss_and_its_gradient_equal_the_equation(n, d):
     torch.manual_seed(n)
-    p, z = 5 * torch.randn(n, d, dtype=torch.float64), torch.randn(n, d, dtype=torch.float64)
+    p = (5 * torch.randn(n, d, dtype=torch.float64)).requires_grad_()
+    z = torch.randn(n, d, dtype=torch.float64)
     expected = regression_loss_by_loops(p, z)
-    assert byol.regression_loss(p, z).item() == pytest.approx(expected, rel=1e-10)
-    assert byol.regression_loss(p.float(), z.float()).item() == pytest.approx(expected, rel=1e-5)
-    assert byol.regression_loss(p, -2 * p).item() == pytest.approx(4, rel=1e-12)
-    assert byol.regression_loss(p.bfloat16(), z.bfloat16()).dtype == torch.float32
+    loss = byol.regression_loss(p, z)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    by_loops = torch.autograd.grad(expected, p)[0]
+    assert (torch.autograd.grad(loss, p)[0] - by_loops).abs().max() < 1e-14
+    single = byol.regression_loss(p.float(), z.float())
+    assert single.item() == pytest.approx(expected.item(), rel=1e-5)
 
-
-def test_target_gets_no_gradient_and_averages_parameters_only():
+def test_loss_of_known_cases():
     torch.manual_seed(0)
-    model = byol.BYOL("resnet10x0.25", "small", 32, 8)
+    p = torch.randn(6, 8, dtype=torch.float64)
+    assert byol.regression_loss(p, 2 * p).item() == pytest.approx(0, abs=1e-12)
+    assert byol.regression_loss(p, -2 * p).item() == pytest.approx(4, rel=1e-12)
+    right_angle = torch.cat([-p[:, 4:], p[:, :4]], dim=1)
+    assert byol.regression_loss(p, right_angle).item() == pytest.approx(2, rel=1e-12)
+
+@pytest.mark.slow
+def test_gradient_of_two_processes_is_that_of_the_whole_batch():
+    two_processes("regression_loss")
+
+# ------------------------------------------------------------------- model and views
+
+def test_model_is_the_papers():
+    model = byol.BYOL("resnet18x0.25", "small", 32, 8)
+    kinds = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    for mlp in (model.projector, model.target_projector, model.predictor):
+        assert [type(module) for module in mlp] == kinds
+        assert mlp[0].bias is not None and mlp[3].bias is None
+        assert mlp[0].out_features == 32 and mlp[3].out_features == 8
+    assert all(block.bn2.weight.all() for block in model.encoder.layer2)        # scales of 1
+    target = model.target_encoder.state_dict()
+    assert all(torch.equal(v, target[k]) for k, v in model.encoder.state_dict().items())
+
+def test_gradient_reaches_the_online_network_alone():
+    torch.manual_seed(0)
+    model = byol.BYOL("resnet10x0.125", "small", 32, 8)
+    target_before = model.target_encoder.bn1.running_mean.clone()
     p1, p2, target1, target2, z1 = model(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16))
+    assert torch.allclose(model.predictor(z1), p1, atol=1e-6)
     (byol.regression_loss(p1, target2) + byol.regression_loss(p2, target1)).backward()
-    assert all(w.grad is None for m in (model.target_encoder, model.target_projector) for w in m.parameters())
-    assert all(w.grad is not None for m in (model.encoder, model.projector, model.predictor) for w in m.parameters())
-    with torch.no_grad():
-        for w in model.encoder.parameters():
-            w += torch.randn_like(w)
-        model.encoder.bn1.running_mean += 1
-    before = {k: v.clone() for k, v in model.target_encoder.state_dict().items()}
-    online = model.encoder.state_dict()
+    for part in (model.target_encoder, model.target_projector):
+        assert all(w.grad is None and not w.requires_grad for w in part.parameters())
+    for part in (model.encoder, model.projector, model.predictor):
+        assert all(w.grad is not None for w in part.parameters())
+    # The target is in training mode too, with statistics of its own.
+    assert not torch.equal(model.target_encoder.bn1.running_mean, target_before)
+
+def test_target_averages_parameters_and_no_statistics():
+    torch.manual_seed(0)
+    model = byol.BYOL("resnet10x0.125", "small", 32, 8).double()
+    online = {**model.encoder.state_dict(prefix="encoder."),
+              **model.projector.state_dict(prefix="projector.")}
+    for value in online.values():
+        if value.is_floating_point():
+            value += torch.randn_like(value)
+    before = copy.deepcopy(model.state_dict())
     model.update_target(0.9)
-    for k, v in model.target_encoder.state_dict().items():
-        expected = before[k] if "running" in k or "tracked" in k else 0.9 * before[k] + 0.1 * online[k]
-        assert torch.allclose(v.double(), expected.double(), atol=1e-6), k
-    assert [type(m) for m in model.predictor] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    after = model.state_dict()
+    for name, value in online.items():
+        old = before[f"target_{name}"]
+        if "running" in name or "tracked" in name:
+            expected = old
+        else:
+            expected = 0.9 * old + 0.1 * value
+        assert torch.allclose(after[f"target_{name}"], expected, rtol=0, atol=1e-12), name
+        assert torch.equal(after[name], before[name])
 
+def test_recipes_have_the_rate_decay_and_momentum_of_their_length():
+    expected = {"imagenet-100": (100, 0.45, 1e-6, 0.99), "imagenet": (300, 0.3, 1e-6, 0.99),
+                "imagenet-1000": (1000, 0.2, 1.5e-6, 0.996)}
+    for recipe, values in expected.items():
+        args = byol.parse_args(["--recipe", recipe])
+        assert (args.epochs, args.lr, args.weight_decay, args.ema_momentum) == values
+        assert (args.blur1, args.blur2, args.solarize2) == (1.0, 0.1, 0.2)
+        assert args.batch_size == 4096 and args.warmup_epochs == 10
 
-def test_presets_change_rate_decay_and_momentum():
-    settings = {n: vars(byol.parse_args(["--recipe", f"imagenet-{n}"])) for n in (100, 300, 1000)}
-    assert [(s["epochs"], s["lr"], s["weight_decay"], s["ema_momentum"]) for s in settings.values()] == [
-        (100, 0.45, 1e-6, 0.99), (300, 0.3, 1e-6, 0.99), (1000, 0.2, 1.5e-6, 0.996)]
-    assert (settings[300]["blur1"], settings[300]["blur2"], settings[300]["solarize2"]) == (1.0, 0.1, 0.2)
+def test_solarisation_inverts_what_is_bright():
+    x = torch.rand(5, 1, 12, 12).expand(5, 3, 12, 12)           # grey, which jitter of 0 leaves
+    views = byol.augment(x, 0, 0, 1.0)
+    expected = common.normalize(torch.where(x < 0.5, x, 1 - x), byol.MEAN, byol.STD)
+    assert torch.allclose(views, expected, atol=2e-3)
+    unchanged = common.normalize(x.clone(), byol.MEAN, byol.STD)
+    assert torch.allclose(byol.augment(x, 0, 0, 0), unchanged, atol=2e-3)
 
+# ------------------------------------------------------------------- whole runs
 
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
-    check_two_processes(tmp_path, """
-import byol
-class Online(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.f, self.q = torch.nn.Linear(12, 6), torch.nn.Linear(6, 6)
-    def forward(self, x1, x2):
-        z1, z2 = self.f(x1), self.f(x2)
-        return self.q(z1), self.q(z2)
-model, target = Online().double(), torch.nn.Linear(12, 6).double().requires_grad_(False)
-x1, x2 = torch.randn(2, 8, 12, dtype=torch.float64)
-def loss(network, mine):
-    p1, p2 = network(x1[mine], x2[mine])
-    return byol.regression_loss(p1, target(x2[mine])) + byol.regression_loss(p2, target(x1[mine]))
-""")
+def test_order_of_a_step(few_images, tmp_path, monkeypatch):
+    """Each prediction meets the target's projection of the other view; the two losses are added."""
+    calls = watch(monkeypatch, (byol.BYOL, "forward"), (byol, "regression_loss"),
+                  (common.LARS, "step"), (byol.BYOL, "update_target"))
+    train(byol, *RUN, "--epochs", 1, "--output", tmp_path)
+    step = ["forward", "regression_loss", "regression_loss", "step", "update_target"]
+    assert [name for name, _, _ in calls] == step * 10
+    _, _, (p1, p2, target1, target2, _) = calls[0]
+    assert torch.equal(calls[1][1][0], p1) and torch.equal(calls[1][1][1], target2)
+    assert torch.equal(calls[2][1][0], p2) and torch.equal(calls[2][1][1], target1)
+    losses = [loss.item() for name, _, loss in calls if name == "regression_loss"]
+    sums = [losses[i] + losses[i + 1] for i in range(0, 20, 2)]
+    assert logged(tmp_path, "loss") == pytest.approx(sums, abs=1e-5)
+    assert 3 < sums[0] < 5                                      # about 4 at the start
 
+def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (byol.BYOL, "forward"), (byol, "regression_loss"))
+    train(byol, *RUN, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
+    _, _, (p1, *_) = calls[0]
+    _, (p, z), loss = calls[1]
+    assert p1.dtype == torch.bfloat16
+    assert p.dtype == z.dtype == loss.dtype == torch.float32
 
-def test_accumulated_step_is_the_step_of_the_large_batch(tmp_path, monkeypatch):
-    """On a model without BN: `byol.train` itself, once with the whole batch and once in four pieces."""
-    monkeypatch.setitem(common.NORMS, "batch", common.NORMS["layer"])
-    monkeypatch.setattr(byol, "mlp", lambda dim_in, hidden, dim: nn.Sequential(nn.Linear(dim_in, hidden), nn.ReLU(), nn.Linear(hidden, dim)))
-    weights = []
-    for accumulate in ("1", "4"):
-        train(byol, *TINY, "--epochs", 1, "--batch-size", 496, "--accumulate", accumulate, "--output", tmp_path / accumulate)
-        weights.append(torch.load(tmp_path / accumulate / "checkpoint.pt")["model"])
-    for k, v in weights[0].items():
-        assert (v - weights[1][k]).norm() <= 1e-4 * v.norm() + 1e-7, k
+def test_target_follows_the_new_weights_with_a_momentum_that_rises_to_1(few_images, tmp_path,
+                                                                        monkeypatch):
+    momenta = []
+    weights = []                # of the online encoder, at each update
+    update_target = byol.BYOL.update_target
 
+    def checking(model, ema_momentum):
+        theta = model.encoder.conv1.weight.detach().clone()
+        xi = model.target_encoder.conv1.weight.detach().clone()
+        update_target(model, ema_momentum)
+        expected = ema_momentum * xi + (1 - ema_momentum) * theta
+        assert torch.allclose(model.target_encoder.conv1.weight, expected, atol=1e-6)
+        momenta.append(ema_momentum)
+        weights.append(theta)
 
-def test_momentum_rises_to_1_and_the_two_orders_are_added(tmp_path, monkeypatch):
-    calls = watch(monkeypatch, (byol.BYOL, "forward"), (common.LARS, "step"), (byol.BYOL, "update_target"))
-    real = byol.regression_loss
-    monkeypatch.setattr(byol, "regression_loss", lambda p, z: 0 * real(p, z) + 1.5)
-    train(byol, *TINY, "--ema-momentum", 0.9, "--log-every", 1, "--knn-every", 0, "--output", tmp_path)
-    assert [name for name, _, _ in calls] == ["forward", "step", "update_target"] * 30
-    momenta = [args[1] for name, args, _ in calls if name == "update_target"]
-    assert momenta == pytest.approx([1 - 0.1 * (math.cos(math.pi * k / 30) + 1) / 2 for k in range(30)])      # section 3.3
-    assert logged(tmp_path, "loss") == pytest.approx([3.0] * 30)
+    monkeypatch.setattr(byol.BYOL, "update_target", checking)
+    flags = [*RUN, "--ema-momentum", 0.9, "--warmup-epochs", 0, "--lr", 2]
+    train(byol, *flags, "--output", tmp_path)
+    expected = [1 - 0.1 * (math.cos(math.pi * k / 30) + 1) / 2 for k in range(30)]  # section 3.3
+    assert momenta == pytest.approx(expected)
+    args = byol.parse_args(list(map(str, flags)))
+    torch.manual_seed(args.seed)
+    start = byol.BYOL(args.arch, args.stem, args.hidden, args.dim)
+    assert not torch.equal(weights[0], start.encoder.conv1.weight)      # the step came first
 
+def test_rate_warms_up_from_0_and_falls_on_a_cosine(few_images, tmp_path):
+    train(byol, *RUN, "--epochs", 2, "--warmup-epochs", 1, "--lr", 2, "--output", tmp_path)
+    peak = 2 * 40 / 256
+    expected = [peak * step / 10 for step in range(10)]
+    expected += [peak * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert logged(tmp_path, "lr") == pytest.approx(expected)
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
-    check_resuming(tmp_path, byol, *TINY, *BOOKS, processes=processes)
-
-
-def test_misuse(tmp_path, capsys):
-    for args, words in ((["--ema-momentum", "x"], "--ema-momentum"), (["--accumulate", "7"], "--accumulate 7: does not cut the 64 images"),
-                        (["--batch-size", "9999"], "larger than the data set")):
-        assert words in mistake(byol, [*args, "--output", tmp_path]) + capsys.readouterr().err
+@pytest.mark.parametrize("flag,value", [
+    ("--ema-momentum", "x"), ("--ema-momentum", "1.5"), ("--solarize2", "2"), ("--hidden", "0")])
+def test_mistakes_name_their_flag(flag, value, tmp_path):
+    message = mistake(byol, flag, value, "--output", tmp_path)
+    assert flag in message and value in message

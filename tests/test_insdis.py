@@ -1,135 +1,225 @@
-"""insdis.py: the losses against their equations, the memory bank, one process against two, whole runs."""
-import json
+"""insdis.py: the losses against their equations, the memory bank, the normaliser, and the order of
+a step."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import insdis
-from conftest import BOOKS, TINY, check_bound, check_resuming, check_two_processes, logged, mistake, train, watch
+from conftest import logged, mistake, tiny, train, two_processes, watch
+from test_moco import few_images
 
-TINY = [*TINY, "--dim", "16"]
-NCE = ["--loss", "nce", "--negatives", "20"]
+SMALL = [*tiny("insdis"), "--dim", "16", "--batch-size", "20", "--epochs", "1"]         # 5 steps
+NCE = ["--loss", "nce", "--negatives", "30"]
 
+# ------------------------------------------------------------------- losses
 
 def softmax_by_loops(scores, temperature, own):
-    """Equation 2, one image at a time."""
-    total = 0.0
-    for row, i in zip(scores.tolist(), own):
-        total -= math.log(math.exp(row[i] / temperature) / sum(math.exp(s / temperature) for s in row))
-    return total / len(scores)
-
+    """Equation 2, one image at a time: the loss, and its gradient in the scores."""
+    loss = 0.0
+    gradient = torch.zeros_like(scores)
+    for i, row in enumerate(scores.tolist()):
+        weights = [math.exp(score / temperature) for score in row]
+        loss -= math.log(weights[own[i]] / sum(weights)) / len(scores)
+        for j, weight in enumerate(weights):
+            error = weight / sum(weights) - (j == own[i])
+            gradient[i, j] = error / temperature / len(scores)
+    return loss, gradient
 
 def nce_by_loops(scores, normalizer, temperature, num_images):
-    """Equations 6 and 7, one candidate at a time."""
-    total, m = 0.0, scores.shape[1] - 1
-    for row in scores.tolist():
-        h = [(p := math.exp(s / temperature) / normalizer) / (p + m / num_images) for s in row]
-        total -= math.log(h[0]) + sum(math.log(1 - x) for x in h[1:])
-    return total / len(scores)
+    """Equations 6 and 7, one candidate at a time: the loss, and its gradient in the scores."""
+    loss = 0.0
+    gradient = torch.zeros_like(scores)
+    m = scores.shape[1] - 1
+    for i, row in enumerate(scores.tolist()):
+        for j, score in enumerate(row):
+            p = math.exp(score / temperature) / normalizer
+            h = p / (p + m / num_images)            # the probability that row j is from the data
+            loss -= math.log(h if j == 0 else 1 - h) / len(scores)
+            gradient[i, j] = (h - (j == 0)) / temperature / len(scores)
+    return loss, gradient
 
+CASES = [(1, 1, 1.0), (6, 20, 0.2), (9, 50, 0.07)]
 
-@pytest.mark.parametrize("n,m,temperature", [(1, 1, 1.0), (6, 20, 0.2), (9, 50, 0.07)])
-def test_losses_equal_their_equations(n, m, temperature):
+def random_scores(n, m):
     torch.manual_seed(n)
-    scores = 2 * torch.rand(n, 1 + m, dtype=torch.float64) - 1
-    own = torch.randint(1 + m, (n,))
-    for columns in (None, own):
-        expected = softmax_by_loops(scores, temperature, [0] * n if columns is None else own.tolist())
-        assert insdis.instance_softmax(scores, temperature, columns).item() == pytest.approx(expected, rel=1e-10)
-        assert insdis.instance_softmax(scores.float(), temperature, columns).item() == pytest.approx(expected, rel=1e-5)
-    expected = nce_by_loops(scores, 300.0, temperature, 100)
-    assert insdis.nce(scores, 300.0, temperature, 100, eps=0).item() == pytest.approx(expected, rel=1e-10)
-    assert insdis.nce(scores.float(), torch.tensor(300.0), temperature, 100).item() == pytest.approx(expected, rel=1e-5)
+    return (2 * torch.rand(n, 1 + m, dtype=torch.float64) - 1).requires_grad_()
 
+@pytest.mark.parametrize("n,m,temperature", CASES)
+def test_softmax_and_its_gradient_equal_their_equation(n, m, temperature):
+    scores = random_scores(n, m)
+    for own in (torch.zeros(n, dtype=torch.int64), torch.randint(1 + m, (n,))):
+        expected, gradient = softmax_by_loops(scores.detach(), temperature, own.tolist())
+        loss = insdis.instance_softmax(scores, temperature, own)
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+        assert (torch.autograd.grad(loss, scores)[0] - gradient).abs().max() < 1e-12
+        single = insdis.instance_softmax(scores.float(), temperature, own)
+        assert single.item() == pytest.approx(expected, rel=1e-5)
+
+@pytest.mark.parametrize("n,m,temperature", CASES)
+def test_nce_and_its_gradient_equal_their_equations(n, m, temperature):
+    scores = random_scores(n, m)
+    expected, gradient = nce_by_loops(scores.detach(), 300.0, temperature, 100)
+    loss = insdis.nce(scores, 300.0, temperature, 100, eps=0)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert (torch.autograd.grad(loss, scores)[0] - gradient).abs().max() < 1e-12
+    single = insdis.nce(scores.float(), torch.tensor(300.0), temperature, 100)
+    assert single.item() == pytest.approx(expected, rel=1e-5)
+
+def test_losses_of_scores_that_are_all_alike():
+    scores = torch.zeros(3, 4097, dtype=torch.float64)
+    own = torch.zeros(3, dtype=torch.int64)
+    loss = insdis.instance_softmax(scores, 0.07, own)
+    assert loss.item() == pytest.approx(math.log(4097), rel=1e-12)
+    # Z = n: every P is 1 / n, h is 1 / (1 + m), and m drawn rows have log (m / (1 + m)) each.
+    loss = insdis.nce(scores, 1e6, 0.07, 10 ** 6, eps=0)
+    expected = math.log(4097) + 4096 * math.log(4097 / 4096)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 def test_losses_start_where_the_docstring_says():
-    equal = torch.zeros(3, 4097)
-    assert insdis.instance_softmax(equal, 0.07).item() == pytest.approx(math.log(4097), rel=1e-6)
-    assert insdis.nce(equal.double(), 1e6, 0.07, 10 ** 6, eps=0).item() == pytest.approx(math.log(4097) + 1, rel=1e-3)       # Z = n: every P is 1 / n
     torch.manual_seed(0)
-    model = insdis.InsDis("resnet10x0.0625", "small", 128, 20000)
-    scores = model.scores(F.normalize(torch.randn(64, 128), dim=1), torch.arange(64), 4096)
+    model = insdis.InsDis("resnet10x0.125", "small", 128, 20000)
+    z = F.normalize(torch.randn(64, 128), dim=1)
+    scores = model.scores(z, torch.arange(64), 4096)
     model.estimate_normalizer(scores, 0.07)
-    assert insdis.instance_softmax(scores, 0.07).item() == pytest.approx(9.12, abs=0.5)     # the own row's cosine is anything yet
-    assert insdis.nce(scores, model.normalizer, 0.07, 20000).item() == pytest.approx(10.12, abs=0.5)
+    own = torch.zeros(64, dtype=torch.int64)
+    assert insdis.instance_softmax(scores, 0.07, own).item() == pytest.approx(9.12, abs=0.5)
+    loss = insdis.nce(scores, model.normalizer, 0.07, 20000)
+    assert loss.item() == pytest.approx(10.12, abs=0.5)
 
+# ------------------------------------------------------------------- memory bank
+
+def drawn_rows(scores, every):
+    """Which rows of the bank the scores (N, m) belong to, by the cosines to all rows (N, n)."""
+    return (scores[:, :, None] - every[:, None]).abs().argmin(2)
 
 def test_scores_are_those_of_the_own_row_and_of_rows_drawn_uniformly():
     torch.manual_seed(0)
-    model = insdis.InsDis("resnet10x0.0625", "small", 4, 40)
-    assert (model.memory.norm(dim=1).square().mean() - 1).abs() < 0.1 and model.memory.abs().max() <= math.sqrt(3 / 4)
-    z, indices = F.normalize(torch.randn(1000, 4), dim=1).requires_grad_(), torch.arange(1000) % 40
-    scores, every = model.scores(z, indices, 60), model.scores(z, indices, 0)
-    assert torch.allclose(every, z @ model.memory.T) and torch.allclose(scores[:, 0], every[torch.arange(1000), indices])
-    drawn = (scores[:, 1:, None] - every[:, None]).abs().argmin(2)             # which rows they were: the cosines to all rows tell
-    assert (drawn == indices[:, None]).any(1).float().mean() == pytest.approx(1 - (39 / 40) ** 60, abs=0.06)      # with replacement, the own one too
+    model = insdis.InsDis("resnet10x0.125", "small", 4, 40)
+    z = F.normalize(torch.randn(1000, 4), dim=1).requires_grad_()
+    indices = torch.arange(1000) % 40
+    scores = model.scores(z, indices, 60)
+    every = model.scores(z, indices, 0)
+    assert scores.shape == (1000, 61) and torch.allclose(every, z @ model.memory.T)
+    assert torch.allclose(scores[:, 0], every[torch.arange(1000), indices], atol=1e-6)
+    drawn = drawn_rows(scores[:, 1:], every)
     counts = drawn.flatten().bincount(minlength=40).double()
-    assert ((counts - 1500) ** 2 / 1500).sum() < 90                            # chi-square, 39 degrees of freedom
-    insdis.instance_softmax(scores, 0.1).backward()
+    assert ((counts - 1500) ** 2 / 1500).sum() < 90         # chi-square, 39 degrees of freedom
+    again = (drawn == indices[:, None]).any(1).float().mean().item()
+    assert again == pytest.approx(1 - (39 / 40) ** 60, abs=0.06)    # perhaps the own one again
+    insdis.instance_softmax(scores, 0.1, torch.zeros_like(indices)).backward()
     assert z.grad is not None and not model.memory.requires_grad
 
+def test_rows_start_with_about_unit_length():
+    memory = insdis.InsDis("resnet10x0.125", "small", 128, 1000).memory
+    assert memory.abs().max() <= math.sqrt(3 / 128)
+    assert memory.square().sum(1).mean().item() == pytest.approx(1, abs=0.01)
 
-def test_bank_moves_half_way_and_stays_on_the_sphere():
-    model = insdis.InsDis("resnet10x0.0625", "small", 4, 10)
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_rows_move_towards_their_images_and_keep_unit_length(momentum):
+    model = insdis.InsDis("resnet10x0.125", "small", 4, 10)
     before = model.memory.clone()
-    z, indices = F.normalize(torch.randn(3, 4), dim=1), torch.tensor([7, 0, 4])
-    model.remember(z, indices, 0.5)
+    z = F.normalize(torch.randn(3, 4), dim=1)
+    indices = [7, 0, 4]
+    model.remember(z, torch.tensor(indices), momentum)
     for i in range(10):
         expected = before[i]
         if i in indices:
-            expected = (before[i] + z[indices.tolist().index(i)]) / 2
+            expected = momentum * before[i] + (1 - momentum) * z[indices.index(i)]
             expected = expected / expected.norm()
         assert torch.allclose(model.memory[i], expected, atol=1e-6)
 
+def test_normalizer_is_n_times_the_mean_over_all_candidates():
+    model = insdis.InsDis("resnet10x0.125", "small", 4, 50)
+    scores = 2 * torch.rand(6, 21) - 1
+    total = sum(math.exp(score / 0.2) for row in scores.tolist() for score in row)
+    model.estimate_normalizer(scores, 0.2)
+    assert model.normalizer.item() == pytest.approx(50 * total / (6 * 21), rel=1e-5)
 
-def test_two_processes_learn_and_remember_as_one(tmp_path):
-    check_two_processes(tmp_path, """
-import insdis
-model = torch.nn.Linear(12, 6).double()
-x, rows = torch.randn(8, 12).double(), F.normalize(torch.randn(8, 21, 6).double(), dim=2)
-def loss(network, mine):
-    scores = (rows[mine] @ F.normalize(network(x[mine]), dim=1)[:, :, None])[:, :, 0]
-    return insdis.nce(scores, 100.0, 0.2, 50) + insdis.instance_softmax(scores, 0.2)
+def test_normalizer_is_the_mean_over_the_processes(monkeypatch):
+    model = insdis.InsDis("resnet10x0.125", "small", 4, 50)
+    monkeypatch.setattr(common, "gather", lambda mine: torch.cat([mine, torch.tensor([8.0])]))
+    model.estimate_normalizer(torch.zeros(6, 21), 0.2)          # whose mean is 1, the other's 8
+    assert model.normalizer.item() == pytest.approx(50 * 4.5)
 
-def bank(mine):
-    torch.manual_seed(1)
-    holder = insdis.InsDis("resnet10x0.0625", "small", 6, 20).double()
-    z, indices = F.normalize(torch.randn(8, 6).double(), dim=1), torch.randperm(20)[:8]
-    holder.estimate_normalizer(holder.scores(z[mine], indices[mine], 0), 0.2)
-    holder.remember(z[mine], indices[mine], 0.5)
-    return holder
-whole_bank = bank(slice(0, 8))
-""", """
-holder = bank(parts[common.rank()])
-assert torch.equal(holder.memory, whole_bank.memory) and torch.allclose(holder.normalizer, whole_bank.normalizer, rtol=1e-12)
-""")
+def test_two_processes_remember_as_one():
+    """The banks of insdis.py, cmc.py and deepcluster.py."""
+    two_processes("memory")
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["instance_softmax", "nce"])
+def test_two_processes_learn_as_one(loss):
+    two_processes(loss)
 
-def test_order_of_a_step_and_the_constant_of_the_first_batch(tmp_path, monkeypatch, capsys):
-    """The bank is scored before it moves, and Z is that of the first batch to the end."""
-    calls = watch(monkeypatch, (insdis.InsDis, "scores"), (insdis.InsDis, "estimate_normalizer"), (insdis, "nce"), (insdis.InsDis, "remember"))
-    train(insdis, *TINY, *NCE, "--epochs", 1, "--output", tmp_path)
-    assert [name for name, _, _ in calls] == ["scores", "estimate_normalizer", "nce", "remember"] + ["scores", "nce", "remember"] * 9
-    checkpoint, first = torch.load(tmp_path / "checkpoint.pt"), calls[0][2]
-    assert first.shape == (500, 21) and checkpoint["model"]["normalizer"].item() == pytest.approx(5000 * (first / 0.2).exp().mean().item(), rel=1e-5)
-    assert "Z = " in capsys.readouterr().err and "bound" not in json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert (checkpoint["model"]["memory"].norm(dim=1) - 1).abs().max() < 1e-5              # all 5000 were visited
+# ------------------------------------------------------------------- training
 
+def test_order_of_a_step_and_the_normalizer_of_the_first_batch(few_images, tmp_path, monkeypatch):
+    """The bank is scored before it is updated; Z is that of the first batch to the end."""
+    calls = watch(monkeypatch, (insdis.InsDis, "scores"), (insdis.InsDis, "estimate_normalizer"),
+                  (insdis, "nce"), (torch.optim.AdamW, "step"), (insdis.InsDis, "remember"))
+    train(insdis, *SMALL, *NCE, "--epochs", 2, "--output", tmp_path)
+    step = ["scores", "nce", "step", "remember"]
+    first_step = ["scores", "estimate_normalizer", "nce", "step", "remember"]
+    assert [name for name, _, _ in calls] == first_step + step * 9
+    first = calls[0][2]
+    saved = torch.load(tmp_path / "checkpoint.pt")["model"]
+    expected = 100 * (first / 0.2).exp().mean().item()
+    assert first.shape == (20, 31)
+    assert saved["normalizer"].item() == pytest.approx(expected, rel=1e-5)
+    del calls[1]
+    for i in range(0, 40, 4):
+        _, (_, z, indices, _), scores = calls[i]
+        assert calls[i + 1][1][0] is scores and calls[i + 1][1][3] == 100
+        assert calls[i + 3][1][1] is z and calls[i + 3][1][2] is indices
+    assert (saved["memory"].norm(dim=1) - 1).abs().max() < 1e-5         # all images were seen
 
-def test_rate_falls_in_steps(tmp_path):
-    train(insdis, *TINY, "--schedule", "steps", "--warmup-epochs", 0, "--lr", 0.01, "--batch-size", 1000, "--epochs", 1, "--log-every", 1, "--output", tmp_path)
-    assert logged(tmp_path, "lr") == pytest.approx([0.01 * 1000 / 256 * fall for fall in (1, 1, 1, 0.1, 0.01)])
-    check_bound(tmp_path, 5000)
+def test_rows_of_a_step_are_those_from_before_it(few_images, tmp_path, monkeypatch):
+    banks = []
+    remember = insdis.InsDis.remember
 
+    def remembering(model, z, indices, momentum):
+        banks.append(model.memory.clone())
+        remember(model, z, indices, momentum)
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
-    check_resuming(tmp_path, insdis, *TINY, *NCE, *BOOKS, processes=processes)
+    monkeypatch.setattr(insdis.InsDis, "remember", remembering)
+    calls = watch(monkeypatch, (insdis.InsDis, "scores"))
+    train(insdis, *SMALL, "--negatives", 0, "--output", tmp_path)
+    for bank, (_, (_, z, _, _), scores) in zip(banks, calls):
+        assert torch.equal(scores, z @ bank.T)
 
+def test_whole_bank_is_scored_with_the_own_row_as_the_class(few_images, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (insdis.InsDis, "scores"), (insdis, "instance_softmax"))
+    train(insdis, *SMALL, "--negatives", 0, "--output", tmp_path)
+    for (_, (_, _, indices, _), scores), (_, (compared, _, own), _) in zip(calls[::2], calls[1::2]):
+        assert scores.shape == (20, 100) and compared is scores and torch.equal(own, indices)
+    calls.clear()
+    train(insdis, *SMALL, "--negatives", 30, "--output", tmp_path / "drawn")
+    for (_, _, scores), (_, (_, _, own), _) in zip(calls[::2], calls[1::2]):
+        assert scores.shape == (20, 31) and not own.any()
 
-def test_misuse(tmp_path, capsys):
-    for args, words in ((["--loss", "nce"], "--negatives 0: the whole bank is for --loss softmax"), (["--loss", "x"], "--loss"),
-                        (["--memory-momentum", "2"], "--memory-momentum"), (["--batch-size", "9999"], "larger than the data set")):
-        assert words in mistake(insdis, [*args, "--output", tmp_path]) + capsys.readouterr().err
+def test_rate_falls_in_steps(few_images, tmp_path):
+    steps = [insdis.learning_rate(step, 2, 20, "steps") for step in range(20)]
+    assert steps == pytest.approx([0, 0.5] + [1] * 10 + [0.1] * 4 + [0.01] * 4)
+    assert insdis.learning_rate(12, 4, 20, "cosine") == pytest.approx(0.5)
+    train(insdis, *SMALL, "--schedule", "steps", "--warmup-epochs", 0, "--lr", 0.01,
+          "--log-every", 1, "--output", tmp_path)
+    rates = [0.01 * 20 / 256 * fall for fall in [1, 1, 1, 0.1, 0.01]]
+    assert logged(tmp_path, "lr") == pytest.approx(rates)
+
+@pytest.mark.parametrize("recipe,names", [
+    ("imagenet", ["grayscale", "color_jitter", "normalize"]),
+    ("small", ["color_jitter", "grayscale", "normalize"])])
+def test_order_of_the_augmentation_is_the_official_one(monkeypatch, recipe, names):
+    operations = watch(monkeypatch, *((common, name) for name in sorted(names)))
+    gray_first = insdis.RECIPES[recipe]["gray_first"]
+    insdis.augment(torch.rand(2, 3, 8, 8), 1.0, gray_first)
+    assert [name for name, _, _ in operations] == names
+
+@pytest.mark.parametrize("flags,message", [
+    (["--loss", "nce"], "--negatives 0: the whole bank is for --loss softmax"),
+    (["--loss", "hinge"], "--loss"),
+    (["--memory-momentum", "2"], "--memory-momentum")])
+def test_mistakes(tmp_path, flags, message):
+    assert message in mistake(insdis, *flags, "--output", tmp_path)

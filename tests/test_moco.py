@@ -1,4 +1,5 @@
-"""moco.py: the loss against its equation, the queue, the key network, shuffling, one process against two, whole runs."""
+"""moco.py: the loss against its equation, the key encoder, the queue, batch norm over parts of a
+batch, what shuffling is for, and the order of a step."""
 import math
 
 import pytest
@@ -6,184 +7,317 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import common
 import moco
-from conftest import BOOKS, TINY, check_bound, check_resuming, check_two_processes, logged, mistake, train, watch
+from conftest import logged, mistake, tiny, train, two_processes, watch
 
-TINY = [*TINY, "--queue-size", "2000", "--dim", "16", "--bn-splits", "2"]
+SMALL = [*tiny("moco"), "--batch-size", "20", "--queue-size", "60", "--epochs", "1"]    # 5 steps
 
+@pytest.fixture
+def few_images(monkeypatch):
+    """Runs see 100 images without labels and draw no curves, which saves seconds."""
+    images, _, _ = common.draw_shapes(100, 1)
+    data = common.Images(images, None, "cpu")
+    monkeypatch.setattr(common, "load_data", lambda *_: data)
+    monkeypatch.setattr(common, "has_labels", lambda _: False)
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
+
+def unit(*shape):
+    """Random vectors of unit length, float64."""
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+def dot(a, b):
+    return sum(float(x) * float(y) for x, y in zip(a, b))
+
+# ------------------------------------------------------------------- loss
 
 def info_nce_by_loops(q, k, queue, temperature):
-    """v1, equation 1, one query and one key at a time."""
-    dot = lambda a, b: sum(float(x) * float(y) for x, y in zip(a, b))
-    total = 0.0
-    for a, b in zip(q.double(), k.double()):
-        positive = math.exp(dot(a, b) / temperature)
-        total -= math.log(positive / (positive + sum(math.exp(dot(a, c) / temperature) for c in queue.double())))
-    return total / len(q)
+    """v1, equation 1, one query and one key at a time: the loss, and its gradient (N, d) in q."""
+    loss = 0.0
+    gradient = torch.zeros_like(q)
+    for i in range(len(q)):
+        candidates = [k[i], *queue]
+        weights = [math.exp(dot(q[i], c) / temperature) for c in candidates]
+        loss -= math.log(weights[0] / sum(weights)) / len(q)
+        gradient[i] -= k[i] / temperature / len(q)
+        for weight, c in zip(weights, candidates):
+            gradient[i] += weight / sum(weights) * c / temperature / len(q)
+    return loss, gradient
 
+CASES = [(1, 2, 3, 1.0), (6, 8, 20, 0.2), (9, 16, 50, 0.07)]
 
-@pytest.mark.parametrize("n,d,size,temperature", [(1, 2, 3, 1.0), (6, 8, 20, 0.2), (9, 16, 50, 0.07)])
-def test_loss_equals_its_equation(n, d, size, temperature):
+@pytest.mark.parametrize("n,d,size,temperature", CASES)
+def test_loss_and_gradient_equal_their_equation(n, d, size, temperature):
     torch.manual_seed(n)
-    q, k, queue = (F.normalize(torch.randn(m, d, dtype=torch.float64), dim=1) for m in (n, n, size))
-    expected = info_nce_by_loops(q, k, queue, temperature)
-    assert moco.info_nce(q, k, queue, temperature).item() == pytest.approx(expected, rel=1e-10)
-    assert moco.info_nce(q.float(), k.float(), queue.float(), temperature).item() == pytest.approx(expected, rel=1e-5)
-    same = F.normalize(torch.ones(1, d, dtype=torch.float64), dim=1)
-    assert moco.info_nce(same.expand(n, d), same.expand(n, d), same.expand(size, d), temperature).item() == pytest.approx(math.log(size + 1), rel=1e-12)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert moco.info_nce(q.float(), k.float(), queue.float(), temperature).item() == pytest.approx(expected, rel=1e-5)
+    q, k, queue = unit(n, d).requires_grad_(), unit(n, d), unit(size, d)
+    expected, gradient = info_nce_by_loops(q.detach(), k, queue, temperature)
+    loss = moco.info_nce(q, k, queue, temperature)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert (q.grad - gradient).abs().max() < 1e-12
+    loss = moco.info_nce(q.float(), k.float(), queue.float(), temperature)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
+def test_loss_of_keys_that_are_all_alike():
+    same = F.normalize(torch.ones(1, 8, dtype=torch.float64), dim=1)
+    loss = moco.info_nce(same.expand(5, 8), same.expand(5, 8), same.expand(4096, 8), 0.2)
+    assert loss.item() == pytest.approx(math.log(4097), rel=1e-12)
 
 def test_gradient_flows_into_the_query_alone():
     q, k, queue = (torch.randn(4, 8, requires_grad=True) for _ in range(3))
     moco.info_nce(q, k, queue, 0.2).backward()
     assert q.grad is not None and k.grad is None and queue.grad is None
-    model = moco.MoCo("resnet10x0.25", "small", 2, 8, 16, 1)
-    query, key, _ = model(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16))
-    assert query.requires_grad and not key.requires_grad
-    moco.info_nce(query, key, model.queue, 0.2).backward()
-    assert all(w.grad is None for m in (model.key_encoder, model.key_projector) for w in m.parameters())
+    model = moco.MoCo("resnet10x0.125", "small", 2, 8, 16, 1)
+    q, k, keys = model(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16), torch.arange(4))
+    assert q.requires_grad and not k.requires_grad and not keys.requires_grad
+    moco.info_nce(q, k, model.queue, 0.2).backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad is None) == name.startswith("key_"), name
 
+# ------------------------------------------------------------------- model
 
-def test_key_network_starts_as_a_copy_and_averages_parameters_only():
-    model = moco.MoCo("resnet10x0.25", "small", 2, 8, 16, 1)
-    assert all(torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), model.key_encoder.state_dict().values()))
-    with torch.no_grad():
-        for w in model.encoder.parameters():
-            w += 1
-        model.encoder.bn1.running_mean += 1
-    before = {k: v.clone() for k, v in model.key_encoder.state_dict().items()}
-    model.update_keys_network(0.75)
-    for k, v in model.key_encoder.state_dict().items():
-        expected = before[k] if "running" in k or "tracked" in k else before[k] + 0.25
-        assert torch.allclose(v.double(), expected.double(), atol=1e-6), k
-
+def test_key_encoder_starts_as_a_copy_and_averages_parameters_only():
+    model = moco.MoCo("resnet10x0.125", "small", 2, 8, 16, 1)
+    for name in ("encoder", "projector"):
+        learned = getattr(model, name)
+        average = getattr(model, f"key_{name}")
+        for key, value in learned.state_dict().items():
+            assert torch.equal(value, average.state_dict()[key])
+        with torch.no_grad():
+            for weight in learned.parameters():
+                weight += 1
+    model.encoder.bn1.running_mean += 1
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.update_key_encoder(0.75)
+    for key, value in model.state_dict().items():
+        averaged = key.startswith("key_") and key.endswith(("weight", "bias"))
+        expected = before[key] + 0.25 if averaged else before[key]
+        assert torch.allclose(value, expected, atol=1e-6), key
 
 def test_queue_is_first_in_first_out():
-    model = moco.MoCo("resnet10x0.25", "small", 1, 2, 6, 1)
-    for i in range(4):
-        model.enqueue(torch.full((2, 2), float(i)))
-    assert model.queue[:, 0].tolist() == [3, 3, 1, 1, 2, 2] and model.pointer.item() == 2
+    """Where the keys of a step go follows from the step: a run that resumes goes on there."""
+    model = moco.MoCo("resnet10x0.125", "small", 1, 2, 6, 1)
+    for step in range(4):
+        model.enqueue(torch.full((2, 2), float(step)), step)
+    assert model.queue[:, 0].tolist() == [3, 3, 1, 1, 2, 2]
+    resumed = moco.MoCo("resnet10x0.125", "small", 1, 2, 6, 1)
+    resumed.load_state_dict(model.state_dict())
+    for each in (model, resumed):
+        each.enqueue(torch.full((2, 2), 4.0), 4)
+    assert torch.equal(resumed.queue, model.queue)
+    assert model.queue[:, 0].tolist() == [3, 3, 4, 4, 2, 2]
 
+def test_queue_starts_with_random_directions():
+    queue = moco.MoCo("resnet10x0.125", "small", 1, 16, 4000, 1).queue
+    assert (queue.norm(dim=1) - 1).abs().max() < 1e-5 and queue.mean(0).norm() < 0.05
 
 def test_versions():
     v1, v2 = (moco.projector(8, version, 4) for version in (1, 2))
-    assert [type(m) for m in v1] == [nn.Linear] and [type(m) for m in v2] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert moco.parse_args(["--recipe", "imagenet", "--version", "1"]).temperature == 0.07
+    assert [type(module) for module in v1] == [nn.Linear]
+    assert [type(module) for module in v2] == [nn.Linear, nn.ReLU, nn.Linear]
     assert moco.parse_args(["--recipe", "imagenet"]).temperature == 0.2
-    assert moco.parse_args(["--recipe", "imagenet", "--version", "1", "--temperature", "0.3"]).temperature == 0.3
+    version_1 = ["--recipe", "imagenet", "--version", "1"]
+    assert moco.parse_args(version_1).temperature == 0.07
+    assert moco.parse_args([*version_1, "--temperature", "0.3"]).temperature == 0.3
 
+# ------------------------------------------------------------------- split batch norm, shuffling
 
-def companions(splits, shuffled):
-    """For each of 8 images: which images share its BatchNorm statistics, as a query and as a key. Measured: image i is moved, who notices?"""
+def split_norm(channels, splits, momentum=0.1):
+    model = nn.Sequential(nn.BatchNorm2d(channels, momentum=momentum))
+    moco.split_batch_norm(model, splits)
+    norm = model[0].double()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return norm
+
+@pytest.mark.parametrize("splits", [2, 4])
+def test_split_norm_uses_the_statistics_of_each_part(splits):
+    """Part g is the images g, g + splits, ...: each is normalised as if it were a whole batch."""
+    torch.manual_seed(splits)
+    norm = split_norm(3, splits)
+    x = torch.randn(8, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    expected = torch.zeros_like(x)
+    for part in range(splits):
+        images = x[part::splits]
+        mean = images.mean((0, 2, 3), keepdim=True)
+        var = images.var((0, 2, 3), unbiased=False, keepdim=True)
+        normal = (images - mean) / (var + norm.eps).sqrt()
+        y = normal * norm.weight[:, None, None] + norm.bias[:, None, None]
+        expected = expected.index_add(0, torch.arange(part, 8, splits), y)
+    y = norm(x)
+    assert (y - expected).abs().max() < 1e-12
+    wanted = [x, norm.weight, norm.bias]
+    gradients = torch.autograd.grad((weights * y).sum(), wanted)
+    for g, e in zip(gradients, torch.autograd.grad((weights * expected).sum(), wanted)):
+        assert (g - e).abs().max() < 1e-11
+
+def test_running_statistics_weigh_all_parts_alike():
+    """As the official ones: each part updates a copy of the old statistics, and the new ones are
+    the mean of the copies. An update by one part after the other would favour the last."""
     torch.manual_seed(0)
-    norm = moco.split_batch_norm(nn.Sequential(nn.BatchNorm2d(1, affine=False)), splits)
+    norm = split_norm(2, 4, momentum=0.3)
+    scale = torch.tensor([1.0, 5.0]).double().repeat_interleave(2).repeat(3)    # of the parts
+    x = scale[:, None, None, None] * (torch.randn(12, 2, 3, 3).double() + 1)
+    mean = torch.zeros(2).double()
+    var = torch.ones(2).double()
+    one_by_one = mean.clone()
+    for _ in range(2):
+        norm(x)
+        means = torch.stack([x[part::4].mean((0, 2, 3)) for part in range(4)])
+        variances = torch.stack([x[part::4].var((0, 2, 3)) for part in range(4)])   # unbiased
+        mean = 0.7 * mean + 0.3 * means.mean(0)
+        var = 0.7 * var + 0.3 * variances.mean(0)
+        for m in means:
+            one_by_one = 0.7 * one_by_one + 0.3 * m
+    assert (norm.running_mean - mean).abs().max() < 1e-12
+    assert (norm.running_var - var).abs().max() < 1e-12
+    assert (norm.running_mean - one_by_one).abs().min() > 0.1
+
+def test_split_norm_in_evaluation_is_batch_norm():
+    norm = split_norm(3, 2)
+    norm(torch.randn(4, 3, 2, 2).double())
+    plain = nn.BatchNorm2d(3).double()
+    plain.load_state_dict(norm.state_dict())
+    x = torch.randn(3, 3, 2, 2).double()                # whose number the parts do not divide
+    assert torch.equal(norm.eval()(x), plain.eval()(x))
+
+def images_that_notice(encode):
+    """For each of 8 images the set of those whose output changes when it alone is changed: those
+    that share its batch statistics."""
+    torch.manual_seed(0)
     x = torch.randn(8, 1, 2, 2)
-
-    def as_key(x):
-        if not shuffled:
-            return norm(x)
-        torch.manual_seed(3)
-        dealt, order = moco.shuffle(x)
-        return moco.unshuffle(norm(dealt), order)[0]
-
     noticed = []
-    for encode in (norm, as_key):
-        sets = []
-        for i in range(8):
-            moved = x.clone()
-            moved[i] *= 3
-            sets.append(frozenset(((encode(moved) - encode(x)).flatten(1).abs().max(1).values > 1e-6).nonzero()[:, 0].tolist()))
-        noticed.append(sets)
+    for i in range(8):
+        changed = x.clone()
+        changed[i] *= 3
+        difference = (encode(changed) - encode(x)).flatten(1).abs().amax(1)
+        noticed.append(set((difference > 1e-6).nonzero()[:, 0].tolist()))
     return noticed
 
+def test_shuffled_keys_share_statistics_with_other_images_than_queries():
+    order = moco.permutation(8, step=3)
 
-def test_what_shuffling_is_for():
-    query, key = companions(splits=2, shuffled=False)
-    assert query == key and all(len(s) == 4 for s in query)
-    query, key = companions(splits=2, shuffled=True)
-    assert all(len(s) == 4 for s in key) and all(a != b for a, b in zip(query, key))
-    query, key = companions(splits=1, shuffled=True)           # one batch, one set of statistics: shuffling alone does nothing
-    assert query == key
+    def as_keys(norm):
+        return lambda x: moco.unshuffle(norm(moco.shuffle(x, order)), order)[0]
 
+    norm = nn.Sequential(nn.BatchNorm2d(1))
+    everybody = [set(range(8))] * 8         # one batch with one set of statistics for all of it:
+    assert images_that_notice(norm) == images_that_notice(as_keys(norm)) == everybody
+    moco.split_batch_norm(norm, 2)          # shuffling alone does nothing
+    queries = images_that_notice(norm)
+    keys = images_that_notice(as_keys(norm))
+    assert queries == [{i for i in range(8) if i % 2 == j % 2} for j in range(8)]
+    assert all(len(others) == 4 for others in keys)
+    assert all(a != b for a, b in zip(queries, keys))
 
-def test_two_processes_shuffle_and_learn_as_one(tmp_path):
-    check_two_processes(tmp_path, """
-import moco
-model = torch.nn.Linear(12, 6).double()
-x = torch.randn(8, 12).double()
-k, queue = (F.normalize(torch.randn(n, 6).double(), dim=1) for n in (8, 16))
-def loss(network, mine):
-    return moco.info_nce(F.normalize(network(x[mine]), dim=1), k[mine], queue, 0.2)
-""", """
-mine = parts[common.rank()]
-torch.manual_seed(common.rank())
-dealt, order = moco.shuffle(x[mine])
-back, everyones = moco.unshuffle(dealt, order)
-assert torch.equal(back, x[mine]) and torch.equal(everyones, x) and not torch.equal(dealt, x[mine])
-""")
+def test_order_is_a_permutation_for_each_step():
+    order = moco.permutation(50, step=7)
+    assert torch.equal(order.sort().values, torch.arange(50))
+    torch.manual_seed(5)                    # the same in every process, whatever it drew before
+    assert torch.equal(order, moco.permutation(50, step=7))
+    assert not torch.equal(order, moco.permutation(50, step=8))
+    assert torch.equal(moco.permutation(50, 7, shuffled=False), torch.arange(50))
 
+def test_keys_come_back_to_their_own_images():
+    torch.manual_seed(0)
+    model = moco.MoCo("resnet10x0.125", "small", 2, 8, 16, 1).eval()    # no batch statistics
+    x_q, x_k = torch.rand(2, 6, 3, 16, 16)
+    order = moco.permutation(6, step=1)
+    for a, b in zip(model(x_q, x_k, order), model(x_q, x_k, torch.arange(6))):
+        assert torch.allclose(a, b, atol=1e-6)
 
-def test_order_of_a_step(tmp_path, monkeypatch):
-    """The key network moves before the keys are made; a query is scored against the queue before its own keys enter it."""
-    calls = watch(monkeypatch, (moco.MoCo, "update_keys_network"), (moco.MoCo, "forward"), (moco, "info_nce"), (moco.MoCo, "enqueue"))
-    train(moco, *TINY, "--epochs", 1, "--output", tmp_path)
-    assert [name for name, _, _ in calls] == ["update_keys_network", "forward", "info_nce", "enqueue"] * 10
-    (_, _, (_, _, keys)), (_, (_, _, queue, _), _), (_, (_, entered), _) = calls[1:4]
-    assert torch.equal(entered, keys) and not (queue[:, None] == keys).all(2).any()
-    assert torch.equal(calls[6][1][2][:500], keys)             # the next query sees them
-    check_bound(tmp_path, 2001)
+def test_two_processes_shuffle_as_one():
+    two_processes("shuffling")
 
+@pytest.mark.slow
+def test_two_processes_learn_as_one():
+    two_processes("info_nce")
 
-@pytest.mark.parametrize("symmetric", [[], ["--symmetric"]])
-def test_unmix_weighs_two_right_keys_by_their_shares(tmp_path, monkeypatch, symmetric):
-    calls = watch(monkeypatch, (moco.MoCo, "forward"), (moco.common, "unmix"), (moco, "info_nce"), (moco.MoCo, "enqueue"), (moco.common.Run, "log"))
-    train(moco, *TINY, "--mixture", "unmix", *symmetric, "--epochs", 1, "--output", tmp_path)
-    step = calls[:next(i for i, (name, _, _) in enumerate(calls) if name == "log") + 1]
-    results = {name: [(args, result) for other, args, result in step if other == name] for name, _, _ in step}
-    q, k, keys = results["forward"][0][1]
-    (args, (mixed, share)), = results["unmix"]
-    q_mixed = results["forward"][-1][1]
-    assert torch.equal(results["forward"][-1][0][1], mixed) and q_mixed.shape == q.shape
-    right = [k, results["forward"][1][1][1]] if symmetric else [k]
-    queue = results["info_nce"][0][0][2]
-    expected = sum(loss.item() for _, loss in results["info_nce"][:len(right)])
-    for key in right:
-        expected += share * moco.info_nce(q_mixed, key, queue, 0.2).item() + (1 - share) * moco.info_nce(q_mixed.flip(0), key, queue, 0.2).item()
-    (_, loss, _, _, views), _ = results["log"][0]
-    assert loss.item() == pytest.approx(expected, rel=1e-5) and len(views) == 3
-    assert len(results["enqueue"][0][0][1]) == 500 * len(right)                # the mixture never enters the queue
-    check_bound(tmp_path, 2001, losses=2 * len(right))
+# ------------------------------------------------------------------- training
 
+def test_order_of_a_step(few_images, tmp_path, monkeypatch):
+    """The key encoder is updated before the keys are made; a query is scored against the queue
+    before its own keys enter it."""
+    calls = watch(monkeypatch, (moco.MoCo, "update_key_encoder"), (moco.MoCo, "forward"),
+                  (moco, "info_nce"), (torch.optim.AdamW, "step"), (moco.MoCo, "enqueue"))
+    train(moco, *SMALL, "--output", tmp_path)
+    names = ["update_key_encoder", "forward", "info_nce", "step", "enqueue"]
+    assert [name for name, _, _ in calls] == names * 5
+    queues = []                             # as each step's queries were scored against them
+    seen = []                               # the keys of all steps
+    for step in range(5):
+        _, forward, info_nce, _, enqueue = calls[5 * step:5 * step + 5]
+        q, k, keys = forward[2]
+        assert info_nce[1][0] is q and info_nce[1][1] is k and enqueue[1][1] is keys
+        assert enqueue[1][2] == step
+        queues.append(info_nce[1][2])
+        seen.append(keys)
+    queue = queues[-1]                      # the buffer itself, as it is at the end
+    assert torch.equal(queue, torch.cat([seen[3], seen[4], seen[2]]))
 
-def test_mixture_of_2020_changes_pixels_only(tmp_path, monkeypatch):
-    calls = watch(monkeypatch, (moco.MoCo, "forward"), (moco.common, "mixture"), (moco, "info_nce"))
-    train(moco, *TINY, "--mixture", "both", "--mix-probability", 1, "--epochs", 1, "--output", tmp_path)
-    assert [name for name, _, _ in calls] == ["mixture", "forward", "info_nce"] * 10 and (tmp_path / "views.png").exists()
-    (_, (views, kind, *_), _), (_, (_, x1, x2), _) = calls[:2]
-    assert kind == "both" and views[0] is x1 and views[1] is x2
+def test_queries_are_scored_against_keys_of_earlier_steps(few_images, tmp_path, monkeypatch):
+    snapshots = []
+    keys = []
+    info_nce = moco.info_nce
+    enqueue = moco.MoCo.enqueue
 
+    def scoring(q, k, queue, temperature):
+        snapshots.append(queue.clone())
+        return info_nce(q, k, queue, temperature)
 
-def test_version_1_has_its_own_schedule_and_augmentation(tmp_path, monkeypatch):
-    operations = watch(monkeypatch, *((moco.common, name) for name in ("grayscale", "color_jitter", "gaussian_blur", "normalize")))
-    train(moco, *TINY, "--version", 1, "--lr", 0.01, "--log-every", 1, "--knn-every", 0, "--output", tmp_path)
-    assert logged(tmp_path, "lr") == pytest.approx([0.01 * 500 / 256 * fall for fall in [1] * 18 + [0.1] * 6 + [0.01] * 6])
-    x = torch.rand(2, 3, 8, 8)
-    for version, blur, names in ((1, 0.5, "grayscale color_jitter normalize"), (2, 0, "color_jitter grayscale normalize"),
-                                 (2, 0.5, "color_jitter grayscale gaussian_blur normalize")):
-        operations.clear()
-        moco.augment(x, version, 1.0, blur)
-        assert [name for name, _, _ in operations] == names.split()
+    def entering(model, new, step):
+        keys.append(new.clone())
+        enqueue(model, new, step)
 
+    monkeypatch.setattr(moco, "info_nce", scoring)
+    monkeypatch.setattr(moco.MoCo, "enqueue", entering)
+    train(moco, *SMALL, "--output", tmp_path)
+    for step in range(5):
+        is_key = [[(snapshots[step] == key).all(1).any().item() for key in keys[t]]
+                  for t in range(5)]
+        for t in range(5):                  # a queue of 60 holds the last three steps
+            assert all(is_key[t]) == (step - 3 <= t < step) == any(is_key[t])
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
-    check_resuming(tmp_path, moco, *TINY, "--symmetric", *BOOKS, processes=processes)
-    check_bound(tmp_path / "whole", 2001, losses=2)
+def test_symmetric_loss_is_the_sum_over_both_directions(few_images, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (moco.MoCo, "update_key_encoder"), (moco.MoCo, "forward"),
+                  (moco, "info_nce"), (moco.MoCo, "enqueue"), (common.Run, "finish_step"))
+    train(moco, *SMALL, "--symmetric", "--queue-size", "80", "--output", tmp_path)
+    names = ["update_key_encoder", "forward", "info_nce", "forward", "info_nce", "enqueue",
+             "finish_step"]
+    assert [name for name, _, _ in calls] == names * 5
+    _, one, loss_1, other, loss_2, enqueue, finish = calls[:7]
+    assert one[1][1] is other[1][2] and one[1][2] is other[1][1]        # x1 and x2 change places
+    assert torch.equal(enqueue[1][1], torch.cat([one[2][2], other[2][2]]))
+    total = loss_1[2].item() + loss_2[2].item()
+    assert finish[1][1].item() == pytest.approx(total, rel=1e-6)
 
+def test_learning_rate_of_both_versions(few_images, tmp_path):
+    falls = [moco.learning_rate(step, 0, 10, version=1) for step in range(10)]
+    assert falls == pytest.approx([1] * 6 + [0.1] * 2 + [0.01] * 2)
+    cosine = [moco.learning_rate(step, 4, 12, version=2) for step in range(12)]
+    expected = [step / 4 for step in range(4)]
+    expected += [0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(8)]
+    assert cosine == pytest.approx(expected)
+    train(moco, *SMALL, "--version", 1, "--lr", 0.01, "--log-every", 1, "--output", tmp_path)
+    rates = [0.01 * 20 / 256 * fall for fall in [1, 1, 1, 0.1, 0.01]]
+    assert logged(tmp_path, "lr") == pytest.approx(rates)
 
-def test_misuse(tmp_path, capsys):
-    for args, words in ((["--queue-size", "1000"], "--queue-size 1000: not a multiple of the 64 keys of a step"), (["--version", "3"], "--version"),
-                        (["--bn-splits", "7"], "--bn-splits 7: does not divide the 64 images"), (["--batch-size", "9999"], "larger than the data set")):
-        assert words in mistake(moco, [*args, "--output", tmp_path]) + capsys.readouterr().err
+@pytest.mark.parametrize("version,blur,names", [
+    (1, 0, ["grayscale", "color_jitter", "normalize"]),
+    (2, 0, ["color_jitter", "grayscale", "normalize"]),
+    (2, 0.5, ["color_jitter", "grayscale", "gaussian_blur", "normalize"])])
+def test_order_of_the_augmentation(monkeypatch, version, blur, names):
+    every = ["grayscale", "color_jitter", "gaussian_blur", "normalize"]
+    operations = watch(monkeypatch, *((common, name) for name in every))
+    moco.augment(torch.rand(2, 3, 8, 8), version, 1.0, blur)
+    assert [name for name, _, _ in operations] == names
+
+@pytest.mark.parametrize("flags,message", [
+    (["--queue-size", "1000"], "--queue-size 1000: not a multiple of the 64 keys of a step"),
+    (["--queue-size", "192", "--symmetric"], "not a multiple of the 128 keys of a step"),
+    (["--bn-splits", "7"], "--bn-splits 7: does not cut the 64 images"),
+    (["--bn-splits", "64"], "into equal parts of at least 2"),
+    (["--version", "3"], "--version")])
+def test_mistakes(tmp_path, flags, message):
+    assert message in mistake(moco, *flags, "--output", tmp_path)

@@ -1,4 +1,5 @@
-"""simsiam.py: the loss against its equation, where the gradient goes, one process against two, whole runs."""
+"""simsiam.py: the loss beside its equations, where the gradient stops, the kinds of predictor, the
+rates, and what collapses."""
 import math
 
 import pytest
@@ -7,96 +8,189 @@ from torch import nn
 
 import common
 import simsiam
-from conftest import BOOKS, TINY, check_resuming, check_two_processes, logged, mistake, train
+from conftest import logged, mistake, tiny, train, two_processes, watch
 
-TINY = [*TINY, "--dim", "64", "--hidden", "16", "--lr", "2"]
+# With `few_images` an epoch has 10 steps.
+RUN = [*tiny("simsiam"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0",
+       "--dim", "64", "--hidden", "16"]
 
+@pytest.fixture
+def few_images(monkeypatch):
+    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
+    draw = common.draw_shapes
+    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
+    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
+    common.load_data.cache_clear()
+    yield
+    common.load_data.cache_clear()
+
+# ------------------------------------------------------------------- loss
 
 def negative_cosine_by_loops(p, z):
-    """Equation 1, one image at a time."""
-    p, z = p.double(), z.double()
-    return -sum(sum(float(a) * float(b) for a, b in zip(u, v)) / math.sqrt(sum(float(a) ** 2 for a in u)) / math.sqrt(sum(float(b) ** 2 for b in v))
-                for u, v in zip(p, z)) / len(p)
-
+    """Equation 1, one image and one coordinate at a time."""
+    total = 0.0
+    for u, v in zip(p, z):
+        product = 0.0
+        u_squared = 0.0
+        v_squared = 0.0
+        for a, b in zip(u, v):
+            product += a * b
+            u_squared += a * a
+            v_squared += b * b
+        total -= product / torch.sqrt(u_squared * v_squared)
+    return total / len(p)
 
 @pytest.mark.parametrize("n,d", [(1, 2), (7, 5), (16, 32)])
-def test_loss_equals_its_equation(n, d):
+def test_loss_and_its_gradient_equal_the_equation(n, d):
     torch.manual_seed(n)
-    p, z = 5 * torch.randn(n, d, dtype=torch.float64), torch.randn(n, d, dtype=torch.float64)
+    p = (5 * torch.randn(n, d, dtype=torch.float64)).requires_grad_()
+    z = torch.randn(n, d, dtype=torch.float64)
     expected = negative_cosine_by_loops(p, z)
-    assert simsiam.negative_cosine(p, z).item() == pytest.approx(expected, rel=1e-10)
-    assert simsiam.negative_cosine(p.float(), z.float()).item() == pytest.approx(expected, rel=1e-5)
-    assert simsiam.negative_cosine(p, 3 * p).item() == pytest.approx(-1, rel=1e-12)
-    assert simsiam.negative_cosine(p.bfloat16(), z.bfloat16()).dtype == torch.float32
+    loss = simsiam.negative_cosine(p, z)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-14)
+    by_loops = torch.autograd.grad(expected, p)[0]
+    assert (torch.autograd.grad(loss, p)[0] - by_loops).abs().max() < 1e-14
+    single = simsiam.negative_cosine(p.float(), z.float())
+    assert single.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
 
+def test_loss_of_known_cases():
+    torch.manual_seed(0)
+    p = torch.randn(6, 8, dtype=torch.float64)
+    assert simsiam.negative_cosine(p, 3 * p).item() == pytest.approx(-1, rel=1e-12)
+    assert simsiam.negative_cosine(p, -p).item() == pytest.approx(1, rel=1e-12)
+    right_angle = torch.cat([-p[:, 4:], p[:, :4]], dim=1)
+    assert simsiam.negative_cosine(p, right_angle).item() == pytest.approx(0, abs=1e-12)
 
 def test_gradient_stops_at_z():
-    p, z = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    p = torch.randn(4, 8, requires_grad=True)
+    z = torch.randn(4, 8, requires_grad=True)
     simsiam.negative_cosine(p, z).backward()
-    assert p.grad is not None and z.grad is None
+    assert p.grad.any() and z.grad is None
     simsiam.negative_cosine(p, z, stop_gradient=False).backward()
-    assert z.grad is not None
-
-
-def test_model_is_the_papers():
-    model = simsiam.SimSiam("resnet18x0.25", "small", 3, 64, 16)
-    assert [type(m) for m in model.projector] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear, nn.BatchNorm1d]
-    assert not model.projector[-1].affine and model.projector[1].affine
-    assert [type(m) for m in model.predictor] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear] and model.predictor[0].out_features == 16
-    p1, p2, z1, z2 = model(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32))
-    assert p1.shape == z2.shape == (4, 64)
-    assert isinstance(simsiam.SimSiam("resnet10x0.25", "small", 2, 8, 4, with_predictor=False).predictor, nn.Identity)
-
-
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
-    check_two_processes(tmp_path, """
-import simsiam
-class Twins(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.f, self.h = torch.nn.Linear(12, 6), torch.nn.Linear(6, 6)
-    def forward(self, x1, x2):
-        z1, z2 = self.f(x1), self.f(x2)
-        return self.h(z1), self.h(z2), z1, z2
-model = Twins().double()
-x1, x2 = torch.randn(2, 8, 12, dtype=torch.float64)
-def loss(network, mine):
-    p1, p2, z1, z2 = network(x1[mine], x2[mine])
-    return simsiam.negative_cosine(p1, z2) / 2 + simsiam.negative_cosine(p2, z1) / 2
-""")
-
-
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_run_that_was_killed_is_the_run_that_was_not(tmp_path, processes):
-    check_resuming(tmp_path, simsiam, *TINY, *BOOKS, processes=processes)
-
-
-def test_predictor_keeps_its_rate_and_the_rest_follows_the_cosine(tmp_path):
-    train(simsiam, *TINY, "--optimizer", "sgd", "--warmup-epochs", 0, "--output", tmp_path)
-    groups = torch.load(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
-    peak = 2 * 500 / 256
-    assert groups[0]["lr"] == pytest.approx(peak * (1 + math.cos(math.pi * 29 / 30)) / 2) and groups[1]["lr"] == peak
-
+    assert z.grad.any()
 
 @pytest.mark.slow
-def test_what_collapses_without_stop_gradient_or_predictor(tmp_path):
-    """Sections 4.1 and 4.2, two epochs of the default recipe each: the spread of z falls and the neighbours are no better than an untrained network's."""
+def test_gradient_of_two_processes_is_that_of_the_whole_batch():
+    two_processes("negative_cosine")
+
+# ------------------------------------------------------------------- model
+
+def test_model_is_the_papers():
+    model = simsiam.SimSiam("resnet18x0.25", "small", 3, 64, 16, "trained")
+    kinds = [type(module) for module in model.projector]
+    hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert kinds == [*hidden, *hidden, nn.Linear, nn.BatchNorm1d]
+    assert model.projector[1].affine and not model.projector[-1].affine
+    assert [type(module) for module in model.predictor] == [*hidden, nn.Linear]
+    assert model.predictor[0].out_features == 16
+    assert model.predictor[0].bias is None and model.predictor[3].bias is not None
+    assert all(not block.bn2.weight.any() for block in model.encoder.layer2)    # zero_init
+    p1, p2, z1, z2 = model(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32))
+    assert p1.shape == p2.shape == z1.shape == z2.shape == (4, 64)
+    assert torch.allclose(model.predictor(z2), p2, atol=1e-6)
+    assert len(simsiam.projector(8, 2, 4)) == 5
+
+def test_each_view_has_its_own_batch_statistics():
     torch.manual_seed(0)
-    encoder = simsiam.SimSiam("resnet10x0.25", "small", 2, 8, 4).encoder
-    bank, queries = (common.features(encoder, common.load_data("shapes", split=split), dict(size=32, mean=simsiam.MEAN, std=simsiam.STD,
-                                                                                            interpolation="bilinear")) for split in ("train", "val"))
-    untrained = common.knn_accuracy(*bank, *queries)
-    for switch in ([], ["--no-stop-gradient"], ["--no-predictor"]):
-        folder = tmp_path / "".join(["run", *switch])
-        train(simsiam, "--epochs", 2 if switch else 1, *switch, "--knn-every", 0, "--output", folder)
-        spread = logged(folder, "z_std")
-        if switch:
-            assert min(spread) < 0.5 and spread[-1] < 0.6 and spread[0] > 0.9, (switch, spread)
-            assert common.read_checkpoint(folder / "checkpoint.pt")["knn"] <= untrained + 1, switch
-        else:
-            assert min(spread) > 0.9, spread
+    model = simsiam.SimSiam("resnet10x0.125", "small", 2, 8, 4, "none")
+    x1 = torch.rand(6, 3, 8, 8)
+    x2 = 0.1 * torch.rand(6, 3, 8, 8)
+    p1, p2, z1, z2 = model(x1, x2)
+    assert torch.equal(p1, z1) and torch.equal(p2, z2)          # no predictor
+    assert torch.allclose(z1.mean(0), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(z2.mean(0), torch.zeros(8), atol=1e-5)
 
+# ------------------------------------------------------------------- whole runs
 
-def test_misuse(tmp_path, capsys):
-    for args, words in ((["--layers", "0"], "--layers"), (["--hidden", "few"], "--hidden"), (["--batch-size", "9999"], "larger than the data set")):
-        assert words in mistake(simsiam, [*args, "--output", tmp_path]) + capsys.readouterr().err
+def test_order_of_a_step(few_images, tmp_path, monkeypatch):
+    """Each prediction meets the projection of the other view, and the loss is their mean."""
+    calls = watch(monkeypatch, (simsiam.SimSiam, "forward"), (simsiam, "negative_cosine"),
+                  (common.LARS, "step"))
+    train(simsiam, *RUN, "--epochs", 1, "--output", tmp_path)
+    step = ["forward", "negative_cosine", "negative_cosine", "step"]
+    assert [name for name, _, _ in calls] == step * 10
+    _, _, (p1, p2, z1, z2) = calls[0]
+    first = calls[1][1]
+    second = calls[2][1]
+    assert torch.equal(first[0], p1) and torch.equal(first[1], z2) and first[2] is True
+    assert torch.equal(second[0], p2) and torch.equal(second[1], z1) and second[2] is True
+    losses = [loss.item() for name, _, loss in calls if name == "negative_cosine"]
+    means = [(losses[i] + losses[i + 1]) / 2 for i in range(0, 20, 2)]
+    assert logged(tmp_path, "loss") == pytest.approx(means, abs=1e-6)
+    assert abs(means[0]) < 0.3                                  # near 0 at the start
+
+def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (simsiam.SimSiam, "forward"), (simsiam, "negative_cosine"))
+    train(simsiam, *RUN, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
+    _, _, (p1, *_) = calls[0]
+    _, (p, z, _), loss = calls[1]
+    assert p1.dtype == torch.bfloat16
+    assert p.dtype == z.dtype == loss.dtype == torch.float32
+
+def rates_of_groups(monkeypatch, optimizer):
+    """The list to which every step of the class `optimizer` adds the rates of all groups."""
+    rates = []
+    step = optimizer.step
+
+    def noting(self, *args):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args)
+
+    monkeypatch.setattr(optimizer, "step", noting)
+    return rates
+
+@pytest.mark.parametrize("kind", ["trained", "decayed", "fixed", "none"])
+def test_kinds_of_predictor(kind, few_images, tmp_path, monkeypatch):
+    """Section 4.2: the predictor keeps its rate while the rest follows the cosine, or its rate
+    decays as well, or it stays as it was drawn, or there is none."""
+    rates = rates_of_groups(monkeypatch, torch.optim.SGD)
+    flags = [*RUN, "--epochs", 2, "--optimizer", "sgd", "--lr", 0.5, "--warmup-epochs", 0,
+             "--predictor", kind]
+    train(simsiam, *flags, "--output", tmp_path)
+    peak = 0.5 * 40 / 256
+    cosine = [peak * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
+    assert [of_encoder for of_encoder, _ in rates] == pytest.approx(cosine)
+    assert logged(tmp_path, "lr") == pytest.approx(cosine)
+    expected = cosine if kind == "decayed" else [peak] * 20
+    assert [of_predictor for _, of_predictor in rates] == pytest.approx(expected)
+
+    args = simsiam.parse_args(list(map(str, flags)))
+    torch.manual_seed(args.seed)
+    start = simsiam.SimSiam(args.arch, args.stem, args.layers, args.dim, args.hidden, kind)
+    end = common.read_checkpoint(tmp_path / "checkpoint.pt")["model"]
+    moved = [not torch.equal(end[f"predictor.{name}"], weight)
+             for name, weight in start.predictor.named_parameters()]
+    assert moved == {"fixed": [False] * 5, "none": []}.get(kind, [True] * 5)
+    assert not torch.equal(end["encoder.conv1.weight"], start.encoder.conv1.weight)
+
+def test_rate_warms_up_from_0(few_images, tmp_path):
+    train(simsiam, *RUN, "--epochs", 2, "--warmup-epochs", 1, "--lr", 2, "--output", tmp_path)
+    peak = 2 * 40 / 256
+    expected = [peak * step / 10 for step in range(10)]
+    expected += [peak * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert logged(tmp_path, "lr") == pytest.approx(expected)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--no-stop-gradient"], ["--predictor", "none"]])
+def test_what_collapses(flags, tmp_path):
+    """Sections 4.1 and 4.2, two epochs of the default run: without stop-gradient or predictor the
+    loss falls towards -1 and the spread of z falls, and neighbours are no better than those of the
+    untrained network."""
+    train(simsiam, "--epochs", 2, *flags, "--knn-every", 2, "--output", tmp_path)
+    first, *_, last = common.read_log(tmp_path)
+    spread = logged(tmp_path, "z_std")
+    losses = logged(tmp_path, "loss")
+    assert spread[0] > 0.9
+    if flags:
+        assert min(spread) < 0.5 and spread[-1] < 0.6
+        assert min(losses) < -0.9
+        assert last["knn"] <= first["knn"] + 1
+    else:
+        assert min(spread) > 0.8
+        assert min(losses) > -0.85
+
+@pytest.mark.parametrize("flag,value", [
+    ("--layers", "0"), ("--hidden", "few"), ("--predictor", "frozen"), ("--optimizer", "adam")])
+def test_mistakes_name_their_flag(flag, value, tmp_path):
+    message = mistake(simsiam, flag, value, "--output", tmp_path)
+    assert flag in message and value in message

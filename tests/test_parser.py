@@ -1,0 +1,84 @@
+"""The flags that all scripts share: recipes, help, and mistakes that end in one line."""
+import importlib
+
+import pytest
+
+import common
+import simclr
+from conftest import METHODS, mistake, one_line, run
+
+def parse(method, *args):
+    return importlib.import_module(method).parse_args(list(args))
+
+@pytest.mark.parametrize("args,words", [
+    (["--data", "cifar11"], ["--data", "cifar11", "shapes, cifar10, stl10, cifar100"]),
+    (["--data", ""], ["--data", "''"]),
+    (["--data", "x" * 5000], ["--data", "xxx"]),
+    (["--epochs", "0"], ["--epochs", "'0' is not >= 1"]),
+    (["--batch-size", "many"], ["--batch-size", "whole number", "'many'"]),
+    (["--lr", "-1"], ["--lr", "'-1' is not above 0"]),
+    (["--lr", "nan"], ["--lr", "nan"]),
+    (["--lr", "inf"], ["--lr", "inf"]),
+    (["--temperature", "0"], ["--temperature", "above 0"]),
+    (["--seed", "-3"], ["--seed", "'-3'"]),
+    (["--seed", "18446744073709551616"], ["--seed", "in 0..9223372036854775807"]),
+    (["--min-scale", "2"], ["--min-scale", "in 0..1"]),
+    (["--colour", "1"], ["--colour"]),
+    (["--recipe", "large"], ["--recipe", "shapes"]),
+])
+def test_bad_flags_take_one_line(args, words):
+    with pytest.raises(common.UserError) as e:
+        simclr.parse_args(args)
+    message = str(e.value)
+    assert len(message.splitlines()) == 1 and all(word in message for word in words), message
+    assert len(message) < 400
+
+def test_a_mistake_ends_with_status_2():
+    assert one_line(run("simclr.py", "--epochs", 0)).startswith("simclr.py: error: ")
+
+def test_an_unknown_network_names_the_known_ones(tmp_path):
+    message = mistake(simclr, "--arch", "resnet51", "--output", tmp_path)
+    assert "--arch resnet51" in message and "resnet10, resnet18, resnet34, resnet50" in message
+
+@pytest.mark.parametrize("args,words", [
+    (["--help"], ["resnet10x0.25", "12.0"]),
+    (["--data", "cifar10", "--help"], ["resnet18)", "512"]),
+    (["--recipe", "imagenet", "--help"], ["resnet50)", "4096", "1e-06"])])
+def test_help_shows_the_recipe_in_force(args, words, capsys):
+    with pytest.raises(SystemExit):
+        simclr.parse_args(args)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in words)
+
+def test_a_flag_wins_over_the_recipe():
+    assert simclr.parse_args(["--recipe", "imagenet", "--lr", "7"]).lr == 7
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scripts_have_at_most_30_flags_and_every_recipe_parses(method):
+    script = importlib.import_module(method)
+    flags = []
+    add_argument = common.Parser.add_argument
+
+    def counting(parser, *names, **options):
+        if isinstance(parser, common.Parser):
+            flags.append(names[0])
+        return add_argument(parser, *names, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Parser, "add_argument", counting)
+        script.parse_args([])
+    flags.remove("-h")
+    assert len(flags) <= 30 and len(set(flags)) == len(flags), flags
+    for recipe in script.RECIPES:
+        args = script.parse_args(["--recipe", recipe])
+        assert vars(args).items() >= script.RECIPES[recipe].items()
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_larger_than_the_data_names_one_that_fits(method, tmp_path):
+    script = importlib.import_module(method)
+    flags = ["--batch-size", 5120, "--output", tmp_path]
+    if method in ("moco", "densecl", "image_mixture"):
+        flags += ["--queue-size", 5120]
+    message = mistake(script, *flags)
+    assert "larger than the data set of 5000 images" in message
+    assert "--batch-size 1024 fits" in message

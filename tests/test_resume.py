@@ -1,0 +1,353 @@
+"""Nothing is lost: kills, signals, full disks and other misfortunes of runs, of every method."""
+import importlib, json, math, os, random, resource, shutil, signal, subprocess, time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import simclr
+from conftest import METHODS, ROOT, command, environment, mistake, run, tiny, train
+
+FRESH = {"images_per_second", "waiting"}        # entries of the log that differ from run to run
+LR = {"simclr": ["--lr", "2"]}
+
+def flags(method):
+    return [*tiny(method), *LR.get(method, [])]
+
+def result_of(folder):
+    """What a run must reproduce: its checkpoint, and its log without the timings."""
+    lines = []
+    for line in common.read_log(folder):
+        lines.append({key: value for key, value in line.items() if key not in FRESH})
+    return common.read_checkpoint(folder / "checkpoint.pt"), lines
+
+def assert_equal_runs(a, b):
+    """Bit for bit the same weights, buffers and optimizer state, and the same log."""
+    one, log = result_of(a)
+    other, other_log = result_of(b)
+    assert log == other_log
+    steps = [line["step"] for line in log]
+    assert steps == sorted(set(steps))
+    for part in ("encoder", "model"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(one[part][key], other[part][key]) for key in one[part])
+    states = one["optimizer"]["state"]
+    assert states
+    for i, state in states.items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value),
+                               torch.as_tensor(other["optimizer"]["state"][i][key]))
+
+class Killed(BaseException):
+    pass
+
+def train_killed(script, *args, step):
+    """The run of `script`, a module, in this process, until `step` is done and nothing of it is
+    written: what a kill without warning leaves."""
+    finish = common.Run.finish_step
+
+    def dying(run, *args, **entries):
+        if run.step == step - 1:
+            raise Killed
+        finish(run, *args, **entries)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "finish_step", dying)
+        train(script, *args)
+
+def wait_for(process, condition, seconds=90):
+    """Until the condition holds; fails if the process ends before."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+
+def last_step(folder):
+    """The last step in the log of a run that may be writing it."""
+    file = folder / "log.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+# ------------------------------------------------------------------- kills
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_is_killed_is_the_run_that_is_not(method, tmp_path, monkeypatch):
+    script = importlib.import_module(method)
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)     # takes seconds
+    args = flags(method)
+    step = 5 if method == "cpc_v2" else 17
+    train(script, *args, "--output", tmp_path / "whole")
+    train_killed(script, *args, "--output", tmp_path / "killed", "--save-every", 3, step=step)
+    train(script, *args, "--output", tmp_path / "killed", "--save-every", 3)
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """SimCLR's uninterrupted run in a process of its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = run("simclr.py", *flags("simclr"), "--output", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+def test_what_a_run_leaves(finished, capsys):
+    checkpoint, lines = result_of(finished)
+    names = ["checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
+    assert sorted(os.listdir(finished)) == names
+    assert [line["step"] for line in lines] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
+    assert [line["step"] for line in lines if "knn" in line] == [0, 20, 30]
+    assert set(lines[0]) == {"epoch", "step", "knn", "knn_pixels"}
+    assert set(lines[1]) == {"epoch", "step", "loss", "lr", "z_std", "bound"}
+    assert checkpoint["method"] == "simclr"
+    assert checkpoint["step"] == 30 and checkpoint["epoch"] == 3
+    encoder = common.resnet(**checkpoint["encoder_config"])
+    encoder.load_state_dict(checkpoint["encoder"], strict=True)
+    train(simclr, *flags("simclr"), "--output", finished)
+    said = capsys.readouterr().err
+    assert "this run is finished" in said and "untrained" in said and "pixels" in said
+
+def test_sigkill_at_random_moments(finished, tmp_path):
+    args = [*flags("simclr"), "--output", tmp_path, "--save-every", 3]
+    moments = random.Random(0)
+    for _ in range(3):
+        seen = last_step(tmp_path)
+        process = subprocess.Popen(command("simclr.py", *args), env=environment(),
+                                   stderr=subprocess.DEVNULL)
+        wait_for(process, lambda: last_step(tmp_path) > seen or last_step(tmp_path) >= 24)
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+    train(simclr, *args)
+    assert_equal_runs(tmp_path, finished)
+
+def workers_of(process):
+    """The training processes that torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    pids = [int(pid) for pid in found.stdout.split()]
+    return [pid for pid in pids if b".py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+def kill_and_resume(method, folder, processes, restarts=0):
+    """A run of several processes, of which all, or one with a restart, are killed."""
+    args = [*flags(method), "--output", folder]
+    torchrun = [f"--max-restarts={restarts}"]
+    start = command(f"{method}.py", *args, "--save-every", 1, processes=processes,
+                    torchrun=torchrun)
+    process = subprocess.Popen(start, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: last_step(folder) >= 4)
+    workers = workers_of(process)
+    if restarts:
+        os.kill(workers[-1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0 and "resuming from step" in errors, errors
+        return
+    process.kill()
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    result = run(f"{method}.py", *args, processes=processes)
+    assert result.returncode == 0 and "resuming from step" in result.stderr, result.stderr
+
+def test_one_of_two_processes_dies_and_torchrun_resumes(tmp_path):
+    result = run("simclr.py", *flags("simclr"), "--output", tmp_path / "whole", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "each process normalises by its own batch" in result.stderr
+    kill_and_resume("simclr", tmp_path / "killed", processes=2, restarts=1)
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_four_processes_resume_bit_for_bit(method, tmp_path):
+    """With more than two processes it matters in which order gradients are added."""
+    result = run(f"{method}.py", *flags(method), "--output", tmp_path / "whole", processes=4,
+                 timeout=400)
+    assert result.returncode == 0, result.stderr
+    kill_and_resume(method, tmp_path / "killed", processes=4)
+    assert_equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+# ------------------------------------------------------------------- signals
+
+@pytest.mark.parametrize("name,status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
+def test_a_signal_saves_and_ends_the_run(finished, tmp_path, name, status):
+    args = [*flags("simclr"), "--output", tmp_path]
+    process = subprocess.Popen(command("simclr.py", *args), env=environment(),
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(process, lambda: last_step(tmp_path) >= 4)
+    process.send_signal(getattr(signal, name))
+    start = time.time()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and time.time() - start < 10
+    assert f"stopped by {name}" in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
+    if name == "SIGTERM":
+        train(simclr, *args)
+        assert_equal_runs(tmp_path, finished)
+
+@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_while_torch_is_imported_ends_quietly(tmp_path, name, status):
+    process = subprocess.Popen(command("simclr.py", "--output", tmp_path), env=environment(),
+                               stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(process, lambda: "libtorch_cpu" in maps.read_text())
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status and errors == ""
+
+def test_a_signal_while_knn_accuracy_is_measured_has_saved_before(tmp_path, monkeypatch):
+    def interrupted(*_):
+        if os.path.exists(tmp_path / "checkpoint.pt"):
+            signal.raise_signal(signal.SIGTERM)
+        return torch.randn(10, 4), torch.arange(10)
+
+    args = [*flags("simclr"), "--knn-every", 1, "--output", tmp_path]
+    before = signal.signal(signal.SIGTERM, common.Stopped.on_signal)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(common.Stopped):
+            patch.setattr(common, "features", interrupted)
+            train(simclr, *args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        common.Stopped.asked = None
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 10
+    train(simclr, *args)
+    assert [line["step"] for line in common.read_log(tmp_path) if "knn" in line] == [0, 10, 20, 30]
+
+# ------------------------------------------------------------------- checkpoints and folders
+
+def test_other_settings_scripts_and_damaged_files_are_refused(finished, tmp_path):
+    whole = (finished / "checkpoint.pt").read_bytes()
+    path = tmp_path / "checkpoint.pt"
+
+    def resumed(*extra):
+        return mistake(simclr, *flags("simclr"), *extra, "--output", tmp_path)
+
+    path.write_bytes(whole[:-1000])
+    assert "not a checkpoint of these scripts" in resumed()
+    assert path.read_bytes() == whole[:-1000]
+    path.write_bytes(whole)
+    message = resumed("--temperature", "0.2", "--seed", "3")
+    assert "made with other settings: --seed 0 (now 3), --temperature 0.5 (now 0.2)" in message
+    saved = torch.load(path)
+    torch.save(dict(saved, method="moco"), path)
+    assert "made by moco.py" in resumed()
+    torch.save(dict(saved, images=4000), path)
+    assert "--images 4000 (now 5000)" in resumed()
+    saved["model"].popitem()
+    torch.save(saved, path)
+    assert "does not fit this simclr.py" in resumed()
+
+def test_a_copied_script_has_a_run_of_its_own(tmp_path):
+    """Two traps: a copy must not report its parent's result, and a changed script must say so."""
+    source = (ROOT / "simclr.py").read_text()
+    for name in ("simclr.py", "common.py", "shapes.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    args = [*flags("simclr"), "--epochs", 1, "--knn-every", 0]
+    assert run(tmp_path / "simclr.py", *args, cwd=tmp_path).returncode == 0
+    (tmp_path / "barlow.py").write_text(source)
+    result = run(tmp_path / "barlow.py", *args, cwd=tmp_path)
+    assert result.returncode == 0 and "barlow on shapes" in result.stderr
+    assert sorted(os.listdir(tmp_path / "runs")) == ["barlow-shapes-resnet10x0.125",
+                                                     "simclr-shapes-resnet10x0.125"]
+    (tmp_path / "simclr.py").write_text(source.replace("# k != i", "# not itself"))
+    result = run(tmp_path / "simclr.py", *args, cwd=tmp_path)
+    assert result.returncode == 0 and "has changed" not in result.stderr
+    changed = source.replace("/ temperature ", "/ (2 * temperature) ")
+    (tmp_path / "simclr.py").write_text(changed)
+    result = run(tmp_path / "simclr.py", *args, cwd=tmp_path)
+    assert result.returncode == 0
+    assert "simclr.py has changed since this run began" in result.stderr
+
+def test_two_runs_in_one_folder(tmp_path):
+    args = [*flags("simclr"), "--output", tmp_path]
+    process = subprocess.Popen(command("simclr.py", *args), env=environment(),
+                               stderr=subprocess.DEVNULL)
+    wait_for(process, lambda: last_step(tmp_path) >= 0)
+    assert "another run is writing there" in mistake(simclr, *args)
+    process.kill()
+    process.wait()
+    train(simclr, *args)                        # the lock went with the process
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("here")
+    result = run("simclr.py", *flags("simclr"), "--output", tmp_path / "file" / "run")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "file/run: Not a directory" in result.stderr
+
+def test_a_log_that_is_a_folder(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    result = run("simclr.py", *flags("simclr"), "--output", tmp_path)
+    assert result.returncode == 2 and "log.jsonl: Is a directory" in result.stderr
+    assert "Traceback" not in result.stderr
+
+def test_damaged_lines_of_a_log_go_and_whole_ones_stay(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    damaged = [lines[0], '{"step": \n', "[1]\n", '{"loss": 2}\n', *lines[1:], '{"step": 99}\n',
+               lines[-1][:20]]
+    (tmp_path / "log.jsonl").write_text("".join(damaged))
+    train(simclr, *flags("simclr"), "--output", tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
+
+def test_a_full_disk_leaves_the_checkpoint_before(finished, tmp_path):
+    args = [*flags("simclr"), "--output", tmp_path, "--save-every", 3]
+    process = subprocess.Popen(command("simclr.py", *args), env=environment(),
+                               stderr=subprocess.DEVNULL)
+    wait_for(process, lambda: (tmp_path / "checkpoint.pt").exists())
+    process.kill()
+    process.wait()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    size = len(before) // 2
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))     # no file can be larger
+
+    result = run("simclr.py", *args, preexec_fn=limit)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "checkpoint.pt: could not be written" in last
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert "checkpoint.pt.new" not in os.listdir(tmp_path)
+
+@pytest.mark.parametrize("part,value", [("weight", math.inf), ("running_var", math.nan)])
+def test_numbers_that_are_not_finite_are_never_saved(finished, tmp_path, part, value):
+    path = tmp_path / "checkpoint.pt"
+    saved = torch.load(finished / "checkpoint.pt")
+    saved["step"] = 12
+    key = next(key for key in saved["model"] if key.startswith("projector") and part in key)
+    saved["model"][key].view(-1)[0] = value
+    torch.save(saved, path)
+    before = path.read_bytes()
+    message = mistake(simclr, *flags("simclr"), "--output", tmp_path, "--save-every", 1)
+    assert "not finite" in message or "the loss is nan" in message
+    assert "--lr" in message and "the last good checkpoint is in" in message
+    assert path.read_bytes() == before
+
+def test_a_rate_that_is_far_too_large_leaves_no_bad_checkpoint(tmp_path):
+    message = mistake(simclr, *flags("simclr"), "--lr", "1e30", "--output", tmp_path)
+    assert "try a lower --lr" in message and "last good checkpoint" not in message
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+def test_another_number_of_processes_is_named(finished, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    saved = torch.load(finished / "checkpoint.pt")
+    torch.save(dict(saved, step=12, processes=2), path)
+    train(simclr, *flags("simclr"), "--output", tmp_path)
+    assert "1 processes instead of 2" in capsys.readouterr().err
+
+def test_a_checkpoint_is_saved_every_minute(tmp_path, monkeypatch):
+    clock = time.perf_counter
+    ticks = [0]
+
+    def quick():
+        ticks[0] += 7
+        return clock() + ticks[0]
+
+    steps = []
+    save = common.Run._save
+
+    def noting(run):
+        steps.append(run.step)
+        save(run)
+
+    monkeypatch.setattr(common.time, "perf_counter", quick)
+    monkeypatch.setattr(common.Run, "_save", noting)
+    train(simclr, *flags("simclr"), "--knn-every", 0, "--output", tmp_path)
+    assert len(steps) > 4 and steps[-1] == 30
