@@ -121,10 +121,9 @@ DATA = ["shapes", *TORCHVISION]
 def load_data(name, root="data", split="train", device="cpu"):
     """The data set `name`, one of `DATA` or a directory: an `Images` or a `Folder`.
 
-    `split` is "train" or "val", with labels, or "pretrain": all images that may be learned from
-    without labels. That is "train" for most sets, "train" and the unlabelled images of stl10, and
-    every image below a directory without class folders. A directory holds train/<class>/* and
-    val/<class>/*. torchvision's sets lie in `root`, and are downloaded where they are missing."""
+    `split` is "train" or "val", with labels, or "pretrain", which adds the unlabelled images of
+    stl10, and is every image below a directory without class folders. A directory holds
+    train/<class>/* and val/<class>/*. torchvision's sets lie in `root`, or are downloaded there."""
     if split == "pretrain" and name != "stl10" and has_labels(name):
         return load_data(name, root, "train", device)
     if name == "shapes":
@@ -133,24 +132,22 @@ def load_data(name, root="data", split="train", device="cpu"):
     if name not in TORCHVISION:
         return load_folder(name, split)
     class_name, folder = TORCHVISION[name]
-    make = functools.partial(getattr(torchvision.datasets, class_name), root)
+    make = getattr(torchvision.datasets, class_name)
+    part = dict(train=split != "val")
     if name == "stl10":
-        part = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
-        make = functools.partial(make, split=part)
-    else:
-        make = functools.partial(make, train=split != "val")
+        part = dict(split=dict(pretrain="train+unlabeled", train="train", val="test")[split])
     where = Path(root, folder)
     missing = not where.exists()
     try:
-        if LOCAL_RANK == 0:
-            with contextlib.redirect_stdout(sys.stderr):
-                make(download=missing)
+        with contextlib.redirect_stdout(sys.stderr):
+            if LOCAL_RANK == 0:
+                make(root, download=missing, **part)
     except Exception as e:                      # torchvision and pickle raise many kinds
         what = "not found, and could not be downloaded" if missing else "damaged or incomplete"
         raise UserError(f"--data {name}: {what}: {where} ({first_line(e)})") from None
     if dist.is_initialized():
         dist.barrier()
-    data = make()
+    data = make(root, **part)
     if name == "stl10":
         return Images(data.data, data.labels, device, data.classes)
     return Images(data.data.transpose(0, 3, 1, 2), data.targets, device, data.classes)
@@ -166,15 +163,14 @@ def load_folder(directory, split):
         part = top
     unknown = set(class_folders(part)) - set(classes)
     if unknown and not unlabelled:
-        raise UserError(f"--data {directory}: {part / min(unknown)} has no counterpart in "
-                        f"{top / 'train'}")
+        raise UserError(f"--data {directory}: {part / min(unknown)} is not in {top / 'train'}")
     seen = set()
     files = [image_files(part / name, seen) for name in ([""] if unlabelled else classes)]
     paths = [path for of_class in files for path in of_class]
     labels = [label for label, of_class in enumerate(files) for _ in of_class]
     if not paths:
-        raise UserError(f"--data {directory}: no images; expected them in "
-                        f"{part if unlabelled else part / '<class>'}")
+        where = part if unlabelled else part / "<class>"
+        raise UserError(f"--data {directory}: no images; expected them in {where}")
     return Folder(paths, None if unlabelled else labels, classes or None)
 
 def class_folders(part):
@@ -200,8 +196,7 @@ def image_files(folder, seen):
             found += image_files(entry.path, seen)
         elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in Folder.SUFFIXES:
             file = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-            if file not in seen:
-                found.append(entry.path)
+            found += [entry.path] if file not in seen else []
             seen.add(file)
     return found
 
@@ -227,10 +222,9 @@ class Batches:
     def __init__(self, data, crops, batch_size, seed):
         if batch_size > len(data) or batch_size % WORLD_SIZE:
             fits = min(batch_size, 2 ** int(math.log2(len(data) / 4 + 1)))
-            fits = fits // WORLD_SIZE * WORLD_SIZE
-            raise UserError(f"--batch-size {batch_size}: larger than the data set of {len(data)} "
-                            f"images, or does not divide by the {WORLD_SIZE} processes; "
-                            f"--batch-size {max(fits, WORLD_SIZE)} fits")
+            fits = max(1, fits // WORLD_SIZE) * WORLD_SIZE
+            raise UserError(f"--batch-size {batch_size}: more than the {len(data)} images, or not "
+                            f"a multiple of {WORLD_SIZE} processes; --batch-size {fits} fits")
         self.data = data
         self.crops = crops
         self.batch_size = batch_size
@@ -973,21 +967,19 @@ class Run:
     Its name is that of the script which defines the model. It resumes from a checkpoint that is
     there already, made with the same settings, and saves one every minute, every `--save-every`
     steps, before kNN accuracy is measured, at the end, and after a signal; never with a number that
-    is not finite. `mean` and `std` normalise the images, `encoder` is what is kept, if not
-    `model.encoder`, and `collapsed_loss` is that of a collapsed network. Raises UserError for a
-    folder, a file or a loss that is no good, Stopped after a signal."""
+    is not finite. `mean` and `std` normalise the images; `encoder` is what is kept, if not
+    `model.encoder`. Raises UserError for a bad folder, file or loss, Stopped after a signal."""
     FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}    # may change
     SAVED = ("step", "line", "knn", "knn_untrained", "knn_pixels")
     lock = None
 
     def __init__(self, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
-                 encoder=None, collapsed_loss=None):
+                 encoder=None):
         self.args = args
         self.model = model
         self.optimizer = optimizer
         self.batches = batches
         self.encoder = model.encoder if encoder is None else encoder
-        self.collapsed_loss = collapsed_loss
         self.input = dict(size=args.size, mean=list(mean), std=list(std),
                           interpolation=batches.crops[0].interpolation)
         self.device = next(model.parameters()).device
@@ -1085,8 +1077,7 @@ class Run:
 
     def _not_finite(self, what):
         kept = f"; the last good checkpoint is in {self.folder}" if self.checkpoint.exists() else ""
-        raise UserError(f"{what} after step {self.step}; try a lower --lr, longer --warmup-epochs "
-                        f"or --precision fp32{kept}")
+        raise UserError(f"{what} after step {self.step}; try a lower --lr{kept}")
 
     def _trim_log(self):
         """Drop the lines that come after the checkpoint, and what is no line of a log."""
@@ -1120,17 +1111,15 @@ class Run:
         return crops
 
     def _begin(self):
-        say(f"{self.name} on {self.args.data}: {len(self.batches.data)} images, {self.total} steps "
-            f"of {self.args.batch_size}, recipe {self.args.recipe}, {self.args.precision} on "
-            f"{self.device.type}, into {self.folder}")
-        if self.step == 0 and self.labelled and self.args.knn_every:
+        args = self.args
+        say(f"{self.name} on {args.data}: {len(self.batches.data)} images, {self.total} steps of "
+            f"{args.batch_size}, recipe {args.recipe}, {args.precision} on {self.device.type}, "
+            f"into {self.folder}")
+        if self.step == 0 and self.labelled and args.knn_every:
             self.knn_untrained = self._knn(self.encoder, self.input)
-            pixels = dict(self.input, size=min(32, self.args.size))
-            self.knn_pixels = self._knn(nn.Flatten(), pixels)
-            line = dict(epoch=0, step=0, knn=self.knn_untrained, knn_pixels=self.knn_pixels)
-            self._append(line)
-        steps = range(self.step, self.total)
-        self.stream = stream(self.batches, steps, self.args.workers, self.device)
+            self.knn_pixels = self._knn(nn.Flatten(), dict(self.input, size=min(32, args.size)))
+            self._append(dict(epoch=0, step=0, knn=self.knn_untrained, knn_pixels=self.knn_pixels))
+        self.stream = stream(self.batches, range(self.step, self.total), args.workers, self.device)
         self._start_clock()
         self.began = self.clock
         self.began_at = self.step
@@ -1178,10 +1167,6 @@ class Run:
                     images_per_second=round(rate, 1), waiting=round(self.waited / seconds, 4))
         if not math.isfinite(line["loss"]):
             self._not_finite(f"the loss is {line['loss']}")
-        collapsed = self.collapsed_loss and abs(line["loss"] / self.collapsed_loss - 1) < 0.005
-        if collapsed and self.step > len(self.batches):
-            line["collapsed"] = True
-            say(f"the loss stays at ln K = {self.collapsed_loss:.3f}, that of a collapsed network")
         return line
 
     def _write_line(self, measure):
@@ -1290,7 +1275,7 @@ def save_picture(figure, path):
 @torch.no_grad()
 def features(encoder, data, input, workers=0, precision="fp32"):
     """`encoder`, in eval mode, on the test crop of every image of `data`: h (n, D) and labels (n,)
-    on its device, in order. Several processes share the work, and all get the result.
+    or None, on its device, in order. Several processes share the work, and all get the result.
 
     `input` is a checkpoint's: size, mean, std, interpolation, and `fraction` of the central crop if
     not 0.875. h is float32, or float16 where float32 would take more than a gigabyte."""
@@ -1308,8 +1293,10 @@ def features(encoder, data, input, workers=0, precision="fp32"):
         h.append(y.half() if len(data) * y[0].numel() > 2 ** 28 else y)
         used.append(indices)
     encoder.train(training)
-    labels = data.labels[torch.cat(used)].to(device)
-    return gather(torch.cat(h))[:len(data)], gather(labels)[:len(data)]
+    h = gather(torch.cat(h))[:len(data)]
+    if data.labels is None:
+        return h, None
+    return h, gather(data.labels[torch.cat(used)].to(device))[:len(data)]
 
 def nearest(bank, h, k):
     """For each of h (N, D) the k rows of `bank` (M, D) most similar by cosine, the best first:

@@ -172,7 +172,8 @@ PRIMITIVES = {
     "shear y": (lambda x, m: affine(x, 1, 0, m, 1), -0.3, 0.3),
     "translate x": (lambda x, m: affine(x, 1, 0, 0, 1, tx=m), -300 / 331, 300 / 331),
     "translate y": (lambda x, m: affine(x, 1, 0, 0, 1, ty=m), -300 / 331, 300 / 331),
-    "rotate": (lambda x, a: affine(x, a.cos(), -a.sin(), a.sin(), a.cos()), -math.pi / 6, math.pi / 6),
+    "rotate": (lambda x, a: affine(x, a.cos(), -a.sin(), a.sin(), a.cos()),
+               -math.pi / 6, math.pi / 6),
     "auto-contrast": (autocontrast, 0, 0),
     "invert": (lambda x, _: 1 - x, 0, 0),
     "equalize": (lambda x, _: equalize(x), 0, 0),
@@ -207,14 +208,11 @@ class LayerNorm(nn.GroupNorm):
     """Over the channels and places of one patch, in the precision of its input: autocast would keep
     float32 copies of all activations on a GPU, 157 GB of them in the recipe `imagenet`."""
 
-    def __init__(self, channels):
-        super().__init__(1, channels)
-
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, 1, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
-NORMS = {"layer": LayerNorm, "batch": nn.BatchNorm2d}
+NORMS = {"layer": functools.partial(LayerNorm, 1), "batch": nn.BatchNorm2d}
 
 def conv(channels, out, kernel, stride=1):
     return nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
@@ -373,9 +371,9 @@ def cpc_loss(predictions, targets, offset):
 
 # ------------------------------------------------------------------- training (appendix A)
 
-def learning_rate(step, warmup):
-    """As a fraction of the peak: a linear warm-up, if any, then constant."""
-    return min(1, step / max(warmup, 1)) if step < warmup else 1.0
+def learning_rate(step, warmup, total):
+    """As a fraction of the peak: a linear warm-up, if any, then constant, whatever the `total`."""
+    return step / warmup if step < warmup else 1.0
 
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
@@ -401,13 +399,12 @@ def train(args, device):
 
     for step in range(run.step, run.total):
         x, = run.crops(step)
-        lr = peak_lr * learning_rate(step, warmup)
+        lr = peak_lr * learning_rate(step, warmup, run.total)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         patches = extract_patches(x, args.patch_size, args.stride)      # (N / W, R, C, 3, s, s)
-        grid = patches.shape[:3]
-        patches = augment(patches.flatten(0, 2), args.patch_augment).unflatten(0, grid)
+        patches = augment(patches.flatten(0, 2), args.patch_augment).view(patches.shape)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             found = network(patches)
         loss = 0
@@ -444,8 +441,7 @@ def parse_args(argv=None):
     args = parser.parse()
     rows = (args.size - args.patch_size) // args.stride + 1
     if not 3 <= args.patch_size <= args.size <= args.resize:
-        parser.error(f"--patch-size {args.patch_size}, --size {args.size}, --resize {args.resize}: "
-                     "must be at least 3, and not fall")
+        parser.error(f"--patch-size {args.patch_size}: expected 3 <= patch <= --size <= --resize")
     if max(args.offsets) >= rows:
         parser.error(f"--offsets {max(args.offsets)}: there are only {rows} rows of patches")
     return args

@@ -137,8 +137,7 @@ class DeepCluster(nn.Module):
         else:
             h = F.normalize(pca_whiten(h, 256), dim=1)
             _, self.assignments[0] = spherical_kmeans(h, K, iterations, refill=True)
-            sizes = self.assignments[0].bincount(minlength=K)
-            self.weights.copy_(len(h) / (K * sizes.clamp(min=1)))
+            self.weights.copy_(len(h) / K / self.assignments[0].bincount(minlength=K).clamp(min=1))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
             if common.WORLD_SIZE > 1:
@@ -187,8 +186,8 @@ def mutual_information(a, b):
     """I(a; b) / sqrt(H(a) H(b)) of two clusterings (n,), in 0..1."""
     entropies = []
     for x in (a, b, a * 2 ** 31 + b):
-        p = x.unique(return_counts=True)[1] / max(1, len(x))
-        entropies.append(-(p * p.log()).sum())
+        sizes = x.unique(return_counts=True)[1]
+        entropies.append(torch.special.entr(sizes / max(1, len(x))).sum())
     h_a, h_b, h_ab = entropies
     return (h_a + h_b - h_ab) / (h_a * h_b).sqrt().clamp(min=1e-9)
 
@@ -228,8 +227,7 @@ def train(args, device):
     else:
         decay = 0 if args.optimizer == "larc" else args.weight_decay    # larc has the decay
         optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=decay)
-    run = common.Run(args, model, optimizer, batches, MEAN, STD,
-                     collapsed_loss=math.log(args.num_prototypes))
+    run = common.Run(args, model, optimizer, batches, MEAN, STD)
 
     network = model
     if common.WORLD_SIZE > 1 and device.type == "cuda":
@@ -239,8 +237,7 @@ def train(args, device):
     peak_lr = args.lr * args.batch_size / 256
     warmup = args.warmup_epochs * len(batches)
     if run.step == 0 and args.version == 2:                             # fill the memory
-        items = common.stream(batches, range(len(batches)), args.workers, device)
-        for views, indices, _ in items:
+        for views, indices, _ in common.stream(batches, range(len(batches)), args.workers, device):
             common.seed_all(args.seed, common.RANK, 2, int(indices[0]))
             views = [augment(x, args.color_strength, args.blur) for x in views[:2]]
             with torch.no_grad():
@@ -277,8 +274,7 @@ def train(args, device):
         optimizer.step()
         if args.version == 2:
             model.remember(outputs[:2].detach(), indices)
-        nmi, empty = model.changes
-        run.finish_step(loss, lr, outputs[0], views, nmi=nmi, empty=empty)
+        run.finish_step(loss, lr, outputs[0], views, nmi=model.changes[0], empty=model.changes[1])
 
 # ------------------------------------------------------------------- flags
 

@@ -17,9 +17,7 @@ Notation. N images in the global batch; all else as in moco.py.
     lambda       share          the share of image i in m_i; 1 - lambda is that of image N - 1 - i
     q_m          q_mixed        (N, d)      the queries of m
 Once the queue is full of keys the loss is near ln(K + 1), with unmix near twice that, and falls.
-
 Published (official README): CIFAR-10, ResNet-18, 1000 epochs, kNN: MoCo 89.1, with Un-Mix 91.3 %.
-Ours: RESULTS.md.
 
 Differs: the other image of the 2020 form is one of the same process's batch, there of the data set;
 squares have the blends' Beta distribution. The recipes are moco.py's.

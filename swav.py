@@ -160,8 +160,7 @@ def train(args, device):
         optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9)   # larc has the decay
-    run = common.Run(args, model, optimizer, batches, MEAN, STD,
-                     collapsed_loss=math.log(args.num_prototypes))
+    run = common.Run(args, model, optimizer, batches, MEAN, STD)
 
     network = model
     if common.WORLD_SIZE > 1 and device.type == "cuda":

@@ -1,7 +1,7 @@
 """Draws the README's pictures that need no training: python pictures/draw.py
 
-methods.png shows all methods as small architectures with the same symbols, shapes.png a sheet of the
-embedded data."""
+methods.png shows all methods as small architectures with the same symbols, shapes.png a sheet of
+the embedded data."""
 import sys
 from pathlib import Path
 

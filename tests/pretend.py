@@ -1,7 +1,7 @@
 """A pretended GPU, to find on a CPU what a GPU would refuse, wait for or be slow at.
 
-Tensors on the device "pretend" keep their numbers on the CPU. Every operation on them is counted as a
-kernel launch; operands on two devices are refused, as CUDA refuses them; what makes the host wait
+Tensors on the device "pretend" keep their numbers on the CPU. Every operation on them is counted as
+a kernel launch; operands on two devices are refused, as CUDA refuses them; what makes the host wait
 for the device (reading a number, a blocking copy, an index by booleans) is counted with the place
 that asked for it. Autocast follows CUDA's lists of operations. Uses an experimental part of torch:
 `available()` says whether this torch has it.

@@ -100,9 +100,6 @@ def test_patches_are_the_slices_of_the_image():
             expected = x[:, :, 36 * i:36 * i + 80, 36 * j:36 * j + 80]
             assert torch.equal(patches[:, i, j], expected)
     assert cpc_v2.extract_patches(x[:, :, :63, :90], 16, 8).shape == (2, 6, 10, 3, 16, 16)
-    mosaic = cpc_v2.mosaic(patches)
-    assert mosaic.shape == (2, 3, 480, 480)
-    assert torch.equal(mosaic[:, :, 80:160, 400:480], patches[:, 1, 5])
 
 def test_crop_is_anywhere_in_the_image():
     torch.manual_seed(0)
@@ -414,7 +411,7 @@ def test_resnet_of_unknown_kind_is_refused(options, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_layer_norm_stays_in_the_precision_of_its_input(dtype):
     torch.manual_seed(0)
-    norm = cpc_v2.LayerNorm(6)
+    norm = cpc_v2.LayerNorm(1, 6)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = (3 * torch.randn(2, 6, 4, 4) + 1).to(dtype)
@@ -435,14 +432,14 @@ def test_layer_norm_is_out_of_reach_of_autocast(monkeypatch):
 
     monkeypatch.setattr(F, "group_norm", noting)
     with torch.autocast("cpu", torch.bfloat16):
-        cpc_v2.LayerNorm(6)(torch.randn(2, 6, 4, 4))
+        cpc_v2.LayerNorm(1, 6)(torch.randn(2, 6, 4, 4))
     assert enabled == [False]
 
 @pytest.mark.gpu
 def test_layer_norm_stays_in_bfloat16_on_a_gpu():
     x = torch.randn(2, 6, 4, 4, device="cuda", dtype=torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
-        assert cpc_v2.LayerNorm(6).cuda()(x).dtype == torch.bfloat16
+        assert cpc_v2.LayerNorm(1, 6).cuda()(x).dtype == torch.bfloat16
 
 def test_activations_of_the_encoder_are_bfloat16_under_autocast():
     encoder = cpc_v2.resnet_v2("resnet10x0.125", stem="small", stages=3)
@@ -659,8 +656,8 @@ def test_rate_is_constant_after_the_warm_up():
 @pytest.mark.parametrize("flags,message", [
     (["--offsets", "0"], "--offsets"),
     (["--offsets", "1", "3"], "--offsets 3: there are only 3 rows of patches"),
-    (["--patch-size", "17"], "--patch-size 17, --size 16, --resize 18: must be at least 3"),
-    (["--patch-size", "2"], "--patch-size 2, --size 16, --resize 18: must be at least 3"),
+    (["--patch-size", "17"], "--patch-size 17: expected 3 <="),
+    (["--patch-size", "2"], "--patch-size 2: expected 3 <="),
     (["--resize", "15"], "--patch-size 8, --size 16, --resize 15"),
     (["--directions", "3"], "--directions"),
     (["--norm", "group"], "--norm"),

@@ -159,8 +159,7 @@ def test_everything_comes_back_to_its_own_image():
     torch.manual_seed(0)
     model = densecl.DenseCL("resnet10x0.125", "small", 8, 16, 1).eval()     # no batch statistics
     x_q, x_k = torch.rand(2, 6, 3, 32, 32)
-    order = densecl.permutation(6, step=1)
-    assert torch.equal(order, moco.permutation(6, step=1))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
     for a, b in zip(model(x_q, x_k, order), model(x_q, x_k, torch.arange(6))):
         assert torch.allclose(a, b, atol=1e-6)
 

@@ -67,7 +67,7 @@ def test_a_folder_without_classes_has_images_but_no_labels(folder):
 @pytest.mark.parametrize("part,split,words", [
     ("train/b", "train", "no images; expected them in .*train/<class>"),
     ("empty", "pretrain", "no images; expected them in .*empty"),
-    ("other", "val", "val/c has no counterpart in .*train")])
+    ("other", "val", "val/c is not in .*train")])
 def test_folders_that_are_no_data_set(folder, part, split, words):
     top, _ = folder
     (top / "empty").mkdir()
