@@ -45,7 +45,7 @@ IMAGENET = dict(                        # section 3.3 and appendix F: 300 epochs
     lr=0.3, weight_decay=1e-6, ema_momentum=0.99,       # appendix F
     warmup_epochs=10,
     hidden=4096, dim=256,               # 3.3
-    color_strength=1.0,                 # table 6
+    color_strength=1.0, grayscale=0.2,  # table 6
     blur1=1.0, blur2=0.1, solarize2=0.2,                # table 6: T and T'
     min_scale=0.08,
     knn_every=0,
@@ -74,11 +74,11 @@ RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET, "imagenet-100
 # ------------------------------------------------------------------- augmentation (appendix B)
 
 @common.in_chunks
-def augment(x, strength, blur, solarize):
+def augment(x, strength, blur, solarize, grayscale=0.2):
     """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.2 * strength, 0.1 * strength,
                             additive=True)
-    x = common.grayscale(x, p=0.2)
+    x = common.grayscale(x, grayscale)
     if blur:
         tenth = 2 * (x.shape[-1] // 20) + 1                     # of the side: 23 at 224
         x = common.gaussian_blur(x, p=blur, sigma=(0.1, 2.0), kernel_size=tenth)
@@ -159,9 +159,11 @@ def train(args, device):
             group["lr"] = lr
         rise = (math.cos(math.pi * step / run.total) + 1) / 2           # from 1 to 0: section 3.3
         ema_momentum = 1 - (1 - args.ema_momentum) * rise
+        if args.ema_momentum == 0:
+            ema_momentum = 0                                            # table 5a: constant
 
-        x1 = augment(x1, args.color_strength, args.blur1, 0)
-        x2 = augment(x2, args.color_strength, args.blur2, args.solarize2)
+        x1 = augment(x1, args.color_strength, args.blur1, 0, args.grayscale)
+        x2 = augment(x2, args.color_strength, args.blur2, args.solarize2, args.grayscale)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             outputs = network(x1, x2)                                   # (N / W, d) each
         p1, p2, target1, target2, z1 = [output.float() for output in outputs]
@@ -179,10 +181,11 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
     add = parser.add_argument
     add("--ema-momentum", type=common.fraction,
-        help="momentum of the target at the start; it rises to 1 on a cosine")
+        help="momentum of the target at the start; it rises to 1 on a cosine, but 0 stays")
     add("--hidden", type=common.count, help="hidden width of projector and predictor")
     add("--dim", type=common.count, help="dimension of the projection")
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
+    add("--grayscale", type=common.fraction, help="probability that a view loses its colours")
     add("--blur1", type=common.fraction, help="probability of the Gaussian blur in T")
     add("--blur2", type=common.fraction, help="probability of the Gaussian blur in T'")
     add("--solarize2", type=common.fraction, help="probability of solarisation in T'")

@@ -13,13 +13,14 @@ import time, traceback, warnings, zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+BUSY = os.getloadavg()[0] > 0.7     # other programs ran in the last minute
 MAIN = Path(getattr(sys.modules["__main__"], "__file__", "notebook.py")).resolve()
 if MAIN.parent == Path(__file__).resolve().parent:      # a script of ours, not a notebook
     # While torch is imported there is nothing to save: a signal ends the script quietly.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     if MAIN.stem not in ("evaluate", "transfer", "experiments"):
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    if os.getloadavg()[0] > 0.7:    # threads that wait by spinning are slow beside other programs
+    if BUSY:                        # threads that wait by spinning are slow beside other programs
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -677,11 +678,10 @@ def larc(weights, trust_coefficient=1e-3, weight_decay=0.0, eps=1e-8):
     g = [weight.grad for weight in w]
     w_norm = torch.stack(torch._foreach_norm(w))
     g_norm = torch.stack(torch._foreach_norm(g))
-    both = (w_norm > 0) & (g_norm > 0)
     trust = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
-    decay = torch.where(both, weight_decay, 0.0)
-    torch._foreach_add_(g, torch._foreach_mul(w, list(decay.unbind())))
-    torch._foreach_mul_(g, list(torch.where(both, trust, 1.0).unbind()))
+    factor = torch.where(w_norm > 0, trust, 1.0) * (g_norm > 0)     # 0 keeps a gradient of 0
+    torch._foreach_add_(g, w, alpha=weight_decay)
+    torch._foreach_mul_(g, list(factor.unbind()))
 
 # ============================================================================== 5. Bookkeeping
 
@@ -1010,7 +1010,7 @@ class Run:
         if RANK == 0 and self.log_file.exists():
             self._trim_log()
         self.saved_at = time.perf_counter()
-        self.loss = math.nan
+        self.loss = None
         self._start_clock()
         if self.line:               # killed while kNN accuracy was measured
             self._write_line(measure=True)
@@ -1115,6 +1115,8 @@ class Run:
         say(f"{self.name} on {args.data}: {len(self.batches.data)} images, {self.total} steps of "
             f"{args.batch_size}, recipe {args.recipe}, {args.precision} on {self.device.type}, "
             f"into {self.folder}")
+        if BUSY and self.device.type == "cpu" and torch.get_num_threads() > 1:
+            say("other programs are running: OMP_NUM_THREADS=1 may be faster beside them")
         if self.step == 0 and self.labelled and args.knn_every:
             self.knn_untrained = self._knn(self.encoder, self.input)
             self.knn_pixels = self._knn(nn.Flatten(), dict(self.input, size=min(32, args.size)))
@@ -1204,9 +1206,10 @@ class Run:
         if measured or now > self.tell_at:
             self.tell_at = now + 10
             seconds = (now - self.began) / (self.step - self.began_at)
-            knn = f"  kNN {self.knn:.1f} %" if self.knn is not None else ""
-            say(f"epoch {self.step / len(self.batches):.1f}/{self.args.epochs}  loss "
-                f"{self.loss:.4f}  {self.args.batch_size / seconds:.0f} images/s  "
+            loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
+            knn = "" if self.knn is None else f"  kNN {self.knn:.1f} %"
+            say(f"epoch {self.step / len(self.batches):.1f}/{self.args.epochs}  {loss}"
+                f"{self.args.batch_size / seconds:.0f} images/s  "
                 f"{(self.total - self.step) * seconds / 60:.1f} min left{knn}")
 
     def _say_result(self):

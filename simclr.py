@@ -22,9 +22,9 @@ another image are not independent of each other, so it is an estimate. It cannot
 Published: ImageNet, ResNet-50: linear 64.5 % after 100 epochs (table 1), 69.3 % after 1000 (table
 6); CIFAR-10: 94.0 % (B.9). Ours: RESULTS.md.
 
-Differs from the paper: crops are torchvision's, antialiased. Brightness is a factor, as by default in
-the code (appendix A adds); contrast blends with the mean luma, saturation with the luma (there each
-channel's mean, and HSV); the blur mirrors the border. The official loss is a sum, twice this.
+Differs from the paper: crops are torchvision's, antialiased. Brightness is a factor, as by default
+in the code (appendix A adds); contrast blends with the mean luma, saturation with the luma (there
+each channel's mean, and HSV); the blur mirrors the border. The official loss is a sum, twice this.
 
 Usage:  python simclr.py    torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet
 """
@@ -48,6 +48,7 @@ IMAGENET = dict(
     head="nonlinear", dim=128,          # 4.2, 2.3
     color_strength=1.0, blur=0.5,       # appendix A
     min_scale=0.08,                     # appendix A
+    loss="nt-xent", margin=0.4,         # B.10 has 0, 0.4, 0.8, 1.6
     knn_every=0,
 )
 SMALL = dict(                           # official README, CIFAR-10 (B.9 is a ResNet-50)
@@ -76,6 +77,62 @@ def augment(x, strength, blur):
         tenth = 2 * (x.shape[-1] // 20) + 1                     # of the side: 23 at 224
         x = common.gaussian_blur(x, p=blur, sigma=(0.1, 2.0), kernel_size=tenth)
     return x
+
+# ------------------------------------------------------------------- other operations (section 3.1)
+
+def listed_views(x1, x2, crop, args):
+    """Both views (2N, 3, S, S) by `--augment`, without "crop" of the same crop. `--asymmetric`: one
+    view is a crop as it is, the other that crop after the operations, as in figure 5."""
+    if args.asymmetric:
+        return torch.cat([augment_as_listed(x1, args.augment, args.color_strength, crop), x1])
+    x2 = x2 if "crop" in args.augment.split(",") else x1
+    return augment_as_listed(torch.cat([x1, x2]), args.augment, args.color_strength)
+
+@common.in_chunks
+def augment_as_listed(x, operations, strength, crop=None):
+    """As `augment`, by the operations in their order; "color" is "jitter" and "grayscale". The
+    probabilities and strengths of those in figure 5 are ours. `crop`: cuts from x once more."""
+    for operation in operations.split(","):
+        if operation == "crop" and crop:
+            x = common.crop_and_resize(x, crop)[0]
+        if operation in ("color", "jitter"):
+            x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength,
+                                    0.2 * strength)
+        if operation in ("color", "grayscale"):
+            x = common.grayscale(x, p=0.2)
+        if operation == "blur":
+            x = common.gaussian_blur(x, kernel_size=2 * (x.shape[-1] // 20) + 1)
+        if operation in FIGURE_5:
+            x = FIGURE_5[operation](x)
+    return x
+
+def cutout(x, p=0.5):
+    """Fill a square of half the side, anywhere within the image, with grey."""
+    place = torch.arange(x.shape[-1], device=x.device) + 0.5
+    half = x.shape[-1] / 2
+    rows = (place - common.uniform(x, half / 2, 1.5 * half)).abs() < half / 2
+    columns = (place - common.uniform(x, half / 2, 1.5 * half)).abs() < half / 2    # (N, 1, 1, S)
+    return x.masked_fill_(rows.mT & columns & (common.uniform(x, 0, 1) < p), 0.5)
+
+def sobel(x, p=0.5):
+    """The strength of the luma's gradient: Sobel's two filters over 4, at most 1."""
+    down = common.constant((1.0, 2.0, 1.0, 0.0, 0.0, 0.0, -1.0, -2.0, -1.0), x.device).view(3, 3)
+    gray = F.pad(common.to_gray(x), (1, 1, 1, 1), mode="replicate")
+    gradient = F.conv2d(gray, torch.stack([down, down.T])[:, None] / 4)         # (N, 2, S, S)
+    edges = gradient.square().sum(1, keepdim=True).sqrt().clamp(max=1)          # (N, 1, S, S)
+    return x.copy_(torch.where(common.uniform(x, 0, 1) < p, edges, x))
+
+def noise(x, p=0.5, std=0.1):
+    """Add Gaussian noise and clip to 0..1."""
+    return common.on_some(x, p, lambda x: (x + std * torch.randn_like(x)).clamp(0, 1))
+
+def rotate(x, p=0.5):
+    """Turn by 90 degrees and by 180, each with probability p: at 1/2 all turns are as likely."""
+    x = common.on_some(x, p, lambda x: x.rot90(1, (2, 3)))
+    return common.on_some(x, p, lambda x: x.rot90(2, (2, 3)))
+
+FIGURE_5 = dict(cutout=cutout, sobel=sobel, noise=noise, rotate=rotate)
+OPERATIONS = ["crop", "color", "jitter", "grayscale", "blur", *FIGURE_5]
 
 # ------------------------------------------------------------------- model (figure 2, section 4.2)
 
@@ -114,6 +171,52 @@ def nt_xent(z1, z2, temperature):
     positive = torch.arange(len(z), device=z.device).roll(len(z1))  # i and i + N are of one image
     return F.cross_entropy(logits, positive)
 
+# ------------------------------------------------------------------- other losses (tables 2, 4, 5)
+
+def nt_logistic(z1, z2, temperature, semi_hard=False):
+    """Table 2, a scalar, the mean over triples: u a first view, v+ the second view of the same
+    image, v- that of another. z1, z2 (N, d): projections, of any length."""
+    s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T / temperature         # (N, N)
+    terms = -F.logsigmoid(s.diagonal()[:, None]) - F.logsigmoid(-s)     # s(u, v+), s(u, v-)
+    return (terms * triples(s, semi_hard)).sum()
+
+def margin_loss(z1, z2, margin, semi_hard=False):
+    """As `nt_logistic`, max(u . v- - u . v+ + m, 0)."""
+    s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T       # (N, N)
+    terms = F.relu(s - s.diagonal()[:, None] + margin)
+    return (terms * triples(s, semi_hard)).sum()
+
+def triples(s, semi_hard):
+    """Weights of the pairs of s (N, N) that sum to 1, equal for all v-, or, `semi_hard`, for the
+    nearest v- of each u among those that are farther than v+, and 0 for the others."""
+    chosen = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    if semi_hard:
+        farther = s < s.diagonal()[:, None]
+        nearest = s.masked_fill(~farther, -math.inf).argmax(1, keepdim=True)
+        chosen = farther & (nearest == torch.arange(len(s), device=s.device))
+    return chosen / chosen.sum().clamp(min=1)
+
+def other_loss(z1, z2, args):
+    if args.loss == "nt-logistic":
+        return nt_logistic(z1, z2, args.temperature, args.semi_hard)
+    if args.loss == "margin":
+        return margin_loss(z1, z2, args.margin, args.semi_hard)
+    z = torch.cat([z1, z2])                                     # nt_xent of z as it is
+    logits = (z @ z.T / args.temperature).fill_diagonal_(-math.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
+
+@torch.no_grad()
+def for_the_log(z1, z2, loss, args):
+    """NT-Xent's bound, and for table 5, over the N second views: how often an image's own is most
+    similar to its first view, in percent, and the softmax's entropy in nats, at most ln N."""
+    if args.loss != "unnormalized":
+        z1, z2 = [F.normalize(z, dim=1) for z in (z1, z2)]
+    log_p = F.log_softmax(z1 @ z2.T / args.temperature, dim=1)  # (N, N)
+    own = log_p.argmax(1) == torch.arange(len(z1), device=z1.device)
+    return dict(bound=math.log(2 * args.batch_size - 1) - loss,
+                contrast_accuracy=100 * own.float().mean(),
+                contrast_entropy=-(log_p.exp() * log_p).sum(1).mean())
+
 # ------------------------------------------------------------------- training (sections 2.2, 2.3)
 
 def learning_rate(step, warmup, total):
@@ -150,16 +253,20 @@ def train(args, device):
             group["lr"] = lr
 
         x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
+        if args.augment:
+            x = listed_views(x1, x2, crop, args)                        # figure 5, table 3
         x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = network(x)                                              # (2N / W, d)
         z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
         loss = nt_xent(z1, z2, args.temperature)
+        if args.loss != "nt-xent":
+            loss = other_loss(z1, z2, args)                             # tables 4 and 5
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.finish_step(loss, lr, z1, [x1, x2], bound=math.log(2 * args.batch_size - 1) - loss)
+        run.finish_step(loss, lr, z1, [x1, x2], **for_the_log(z1, z2, loss, args))
 
 # ------------------------------------------------------------------- flags
 
@@ -172,7 +279,22 @@ def parse_args(argv=None):
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
     add("--min-scale", type=common.fraction, help="smallest crop area as a fraction of the image")
     add("--lr-scaling", choices=["linear", "sqrt"], help="lr * batch / 256 or lr * sqrt(batch) / 4")
-    return parser.parse()
+    add("--augment", metavar="LIST",
+        help=f"operations of section 3.1 instead of appendix A's: {','.join(OPERATIONS)}")
+    add("--asymmetric", action="store_true", help="figure 5: --augment changes one view alone")
+    add("--loss", choices=["nt-xent", "unnormalized", "nt-logistic", "margin"],
+        help="tables 4 and 5; unnormalized: nt-xent of z that is not scaled to unit length")
+    add("--semi-hard", action="store_true", help="semi-hard negatives, of nt-logistic and margin")
+    add("--margin", type=common.not_negative, help="margin of --loss margin")
+    args = parser.parse()
+    unknown = set((args.augment or "crop").split(",")) - set(OPERATIONS)
+    if unknown:
+        parser.error(f"--augment: {min(unknown)!r} is none of {', '.join(OPERATIONS)}")
+    if args.asymmetric and not args.augment:
+        parser.error("--asymmetric: needs the operations, --augment")
+    if args.semi_hard and args.loss not in ("nt-logistic", "margin"):
+        parser.error(f"--semi-hard: goes with --loss nt-logistic or margin, not {args.loss}")
+    return args
 
 if __name__ == "__main__":
     common.launch(train, parse_args)

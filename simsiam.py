@@ -25,6 +25,7 @@ layers are as wide as h, as in the official code; the paper says 2048, the same 
 
 Usage:  python simsiam.py    torchrun --nproc_per_node=8 simsiam.py --data /path/to/imagenet
 """
+import copy
 import math
 
 import common  # before torch, since it handles signals from then on
@@ -43,6 +44,7 @@ IMAGENET = dict(
     warmup_epochs=0,                    # section 4.3: 10 from batches of 1024 on
     layers=3, dim=2048,                 # section 3: of the projector
     predictor="trained", hidden=512,    # section 3: the predictor's bottleneck
+    head_norm="default", alternate=1,   # table 3, section 5
     color_strength=1.0, blur=0.5,       # appendix A, as MoCo v2
     min_scale=0.2,
     knn_every=0,
@@ -76,32 +78,54 @@ def augment(x, strength, blur):
 # ------------------------------------------------------------------- model (figure 1, section 3)
 
 class SimSiam(nn.Module):
-    def __init__(self, arch, stem, layers, dim, hidden, kind):
+    def __init__(self, arch, stem, layers, dim, hidden, kind, head_norm="default", alternate=1):
         super().__init__()
         self.encoder = common.resnet(arch, stem=stem, zero_init=True)
-        self.projector = projector(self.encoder.dim, layers, dim)
-        self.predictor = nn.Identity() if kind == "none" else predictor(dim, hidden)
+        self.projector = projector(self.encoder.dim, layers, dim, head_norm)
+        self.predictor = nn.Identity() if kind == "none" else predictor(dim, hidden, head_norm)
         if kind == "fixed":
             self.predictor.requires_grad_(False)
+        self.alternate = alternate
+        if alternate > 1:
+            self.targets = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
+            self.targets.requires_grad_(False)
 
     def forward(self, x1, x2):
         z1 = self.projector(self.encoder(x1))                   # (N, d), each view with its own
         z2 = self.projector(self.encoder(x2))                   # batch statistics
-        return self.predictor(z1), self.predictor(z2), z1, z2
+        p1 = self.predictor(z1)
+        p2 = self.predictor(z2)
+        if self.alternate > 1:
+            return p1, p2, self.targets(x1), self.targets(x2)
+        return p1, p2, z1, z2
 
-def projector(dim_in, layers, dim):
+    @torch.no_grad()
+    def fix_targets(self, step):
+        """Section 5: eta, here the targets, is computed by the weights of every `alternate`-th
+        step. With 1 these are the present ones, and that is SimSiam."""
+        if self.alternate > 1 and step % self.alternate == 0:
+            present = nn.Sequential(self.encoder, self.projector)
+            self.targets.load_state_dict(present.state_dict())
+
+def projector(dim_in, layers, dim, head_norm="default"):
     """The projection MLP: BN after every layer, ReLU after all but the last, whose BN has no scale
-    and offset."""
+    and offset. `head_norm`, table 3: "none" and "hidden" have no BN here."""
     hidden = []
     for _ in range(layers - 1):
-        hidden += [nn.Linear(dim_in, dim_in, bias=False), nn.BatchNorm1d(dim_in), nn.ReLU()]
+        norm = nn.Identity() if head_norm == "none" else nn.BatchNorm1d(dim_in)
+        hidden += [nn.Linear(dim_in, dim_in, bias=False), norm, nn.ReLU()]
     last = nn.Linear(dim_in, dim, bias=False)
+    if head_norm in ("none", "hidden"):
+        return nn.Sequential(*hidden, last)
     return nn.Sequential(*hidden, last, nn.BatchNorm1d(dim, affine=False))
 
-def predictor(dim, hidden):
-    """The prediction MLP, a bottleneck without BN and ReLU at its output."""
-    return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-                         nn.Linear(hidden, dim))
+def predictor(dim, hidden, head_norm="default"):
+    """The prediction MLP, a bottleneck without BN and ReLU at its output; "all" has a BN there."""
+    norm = nn.Identity() if head_norm == "none" else nn.BatchNorm1d(hidden)
+    layers = [nn.Linear(dim, hidden, bias=False), norm, nn.ReLU(), nn.Linear(hidden, dim)]
+    if head_norm == "all":
+        layers.append(nn.BatchNorm1d(dim))
+    return nn.Sequential(*layers)
 
 # ------------------------------------------------------------------- loss (equations 1 and 3)
 
@@ -125,7 +149,8 @@ def train(args, device):
     batches = common.Batches(data, [crop], args.batch_size, args.seed)
 
     torch.manual_seed(args.seed)
-    model = SimSiam(args.arch, args.stem, args.layers, args.dim, args.hidden, args.predictor)
+    model = SimSiam(args.arch, args.stem, args.layers, args.dim, args.hidden, args.predictor,
+                    args.head_norm, args.alternate)
     model.to(device, memory_format=torch.channels_last)
     groups = [dict(params=[*model.encoder.parameters(), *model.projector.parameters()]),
               dict(params=list(model.predictor.parameters()))]
@@ -153,11 +178,13 @@ def train(args, device):
 
         x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
         x1, x2 = x.chunk(2)
+        model.fix_targets(step)                                         # section 5
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             outputs = network(x1, x2)                                   # (N / W, d) each
         p1, p2, z1, z2 = [output.float() for output in outputs]
-        loss = (negative_cosine(p1, z2, args.stop_gradient) / 2
-                + negative_cosine(p2, z1, args.stop_gradient) / 2)
+        loss = negative_cosine(p1, z2, args.stop_gradient)
+        if not args.asymmetric:
+            loss = (loss + negative_cosine(p2, z1, args.stop_gradient)) / 2
 
         optimizer.zero_grad()
         loss.backward()
@@ -179,7 +206,14 @@ def parse_args(argv=None):
         help="let the gradient into z, which collapses (section 4.1)")
     add("--predictor", choices=["trained", "decayed", "fixed", "none"],
         help="section 4.2; decayed: its rate decays too; none: compare z itself, a collapse")
-    return parser.parse()
+    add("--head-norm", choices=["none", "hidden", "default", "all"],
+        help="table 3, where heads have BN: nowhere, in hidden layers, the paper's, everywhere")
+    add("--asymmetric", action="store_true", help="predict the second view alone (section 4.6)")
+    add("--alternate", type=common.count, help="steps between updates of the targets (section 5)")
+    args = parser.parse()
+    if args.alternate > 1 and not args.stop_gradient:
+        parser.error(f"--alternate {args.alternate}: targets of earlier weights have no gradient")
+    return args
 
 if __name__ == "__main__":
     common.launch(train, parse_args)

@@ -127,12 +127,11 @@ def sinkhorn(scores, epsilon, iterations):
 def swapped_prediction(scores, codes, temperature):
     """Equations 1, 2 and 6, a scalar, the mean over the images: each code is predicted from every
     other crop. scores: (N, K) of each of the V crops; codes: (N, K) of the first crops."""
-    log_p = [F.log_softmax(s / temperature, dim=1) for s in scores]
+    log_p = F.log_softmax(torch.stack(list(scores)) / temperature, dim=2)   # (V, N, K)
     losses = []
     for i, q in enumerate(codes):
-        for v in range(len(scores)):
-            if v != i:
-                losses.append(-(q * log_p[v]).sum(1).mean())
+        others = log_p.sum(0) - log_p[i]                        # (N, K), of the other V - 1 crops
+        losses.append(-(q * others).sum(1).mean() / (len(scores) - 1))
     return sum(losses) / len(losses)
 
 # ------------------------------------------------------------------- training (appendix A)

@@ -13,6 +13,11 @@ libraries take part where they are installed: pip install lightly; pip install s
     augmentation, log and checkpoints: forward, loss, backward and optimizer. A ResNet-18 as for
     CIFAR, on a CPU, or the GPU where there is one. The goal is 1.05 on a CPU, 1.15 on a GPU; for
     CPC v2, which augments 49 patches an image, 1.15 on both.
+(d) Memory a GPU of the recipe `imagenet` on 8 GPUs, reckoned from one and from two images on the
+    CPU: parameters, gradients, optimizer and buffers, and what autograd keeps for the backward
+    pass, in bf16, for the images of one GPU. Without the logits of the whole batch, the
+    workspaces of convolutions, and what is kept only while an operation runs. Not part of a run
+    without --only d.
 """
 import argparse, importlib, os, statistics, sys, tempfile, time
 from pathlib import Path
@@ -232,12 +237,86 @@ def step(rounds, script):
     print(f"{what:62} {rates[0]:9.0f} {rates[1]:9.0f} views/s {ratio:7.3f}    at most {goal}",
           flush=True)
 
+class Imagenet(common.Images):
+    """As many images as ImageNet's training set has, of which two are different."""
+
+    def __init__(self):
+        super().__init__(np.zeros((2, 3, 256, 256), np.uint8), np.zeros(2), "cpu")
+
+    def __len__(self):
+        return 1281167
+
+    def crop(self, indices, *rest):
+        views, _, broken = super().crop(indices % 2, *rest)
+        return views, indices, broken
+
+class Counted(Bare):
+    """One step, which is not an epoch's first, of which the bytes that autograd keeps are noted."""
+
+    def __init__(self, args, model, optimizer, batches, *rest, **named):
+        super().__init__(args, model, optimizer, batches, *rest, **named)
+        self.model = model
+        self.optimizer = optimizer
+        self.step = 1
+        self.total = 2
+
+    def crops(self, step):
+        self.kept = {}
+        parameters = {p.data_ptr() for p in self.model.parameters()}
+
+        def pack(x):
+            if x.data_ptr() not in parameters:
+                self.kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        def backward(loss):
+            Counted.kept_bytes = sum(self.kept.values())
+            self.hooks.__exit__(None, None, None)
+            self.backward(loss)
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        self.hooks.__enter__()
+        self.backward = torch.Tensor.backward
+        torch.Tensor.backward = backward
+        return super().crops(step)
+
+    def finish_step(self, *_, **__):
+        torch.Tensor.backward = self.backward
+        state = [v for s in self.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *gradients, *state]
+        Counted.static_bytes = sum(t.numel() * t.element_size() for t in tensors)
+
+def memory(script):
+    kept = common.Run, common.load_data
+    common.Run = Counted
+    data = Imagenet()
+    common.load_data = lambda *_: data
+    used = []
+    try:
+        for batch in (1, 2) if script.__name__ == "cpc_v2" else (2, 4):
+            flags = ["--recipe", "imagenet", "--precision", "bf16", "--batch-size", str(batch)]
+            for name in ("queue_size", "bn_splits"):
+                if name in script.RECIPES["imagenet"]:
+                    flags += [f"--{name.replace('_', '-')}", str(batch if "queue" in name else 1)]
+            script.train(script.parse_args(flags), torch.device("cpu"))
+            used.append(Counted.kept_bytes)
+    finally:
+        common.Run, common.load_data = kept
+    recipe = script.RECIPES["imagenet"]
+    image = (used[1] - used[0]) / (1 if script.__name__ == "cpc_v2" else 2)
+    images = recipe["batch_size"] // 8
+    total = Counted.static_bytes + image * images
+    print(f"{script.__name__:14} {recipe['arch']:10} {images:4} images of {image / 1e6:6.0f} MB, "
+          f"the rest {Counted.static_bytes / 1e9:5.2f} GB, together {total / 1e9:6.1f} GB",
+          flush=True)
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--photos", default=os.path.join(os.environ.get("SSL_DATA", ""), "photos"),
                         help="directory of full-size JPEGs for (b); default $SSL_DATA/photos")
-    parser.add_argument("--only", choices=["a", "b", "c"])
+    parser.add_argument("--only", choices=["a", "b", "c", "d"])
     parser.add_argument("--scripts", nargs="*", choices=SCRIPTS, default=SCRIPTS, help="of (c)")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -254,3 +333,6 @@ if __name__ == "__main__":
     if args.only in (None, "c"):
         for name in args.scripts:
             step(args.rounds, importlib.import_module(name))
+    if args.only == "d":
+        for name in args.scripts:
+            memory(importlib.import_module(name))

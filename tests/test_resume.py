@@ -71,7 +71,10 @@ def last_step(folder):
 
 # ------------------------------------------------------------------- kills
 
-@pytest.mark.parametrize("method", METHODS)
+DEFAULT = ["simclr", "moco", "swav", "insdis"]  # LARS, a queue, many crops, a memory bank
+SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in DEFAULT]
+
+@pytest.mark.parametrize("method", [*DEFAULT, *SLOW])
 def test_a_run_that_is_killed_is_the_run_that_is_not(method, tmp_path, monkeypatch):
     script = importlib.import_module(method)
     monkeypatch.setattr(common, "draw_curves", lambda *_: None)     # takes seconds
@@ -97,7 +100,7 @@ def test_what_a_run_leaves(finished, capsys):
     assert [line["step"] for line in lines] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
     assert [line["step"] for line in lines if "knn" in line] == [0, 20, 30]
     assert set(lines[0]) == {"epoch", "step", "knn", "knn_pixels"}
-    assert set(lines[1]) == {"epoch", "step", "loss", "lr", "z_std", "bound"}
+    assert {"epoch", "step", "loss", "lr", "z_std", "bound"} <= set(lines[1])
     assert checkpoint["method"] == "simclr"
     assert checkpoint["step"] == 30 and checkpoint["epoch"] == 3
     encoder = common.resnet(**checkpoint["encoder_config"])
@@ -109,7 +112,7 @@ def test_what_a_run_leaves(finished, capsys):
 def test_sigkill_at_random_moments(finished, tmp_path):
     args = [*flags("simclr"), "--output", tmp_path, "--save-every", 3]
     moments = random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         seen = last_step(tmp_path)
         process = subprocess.Popen(command("simclr.py", *args), env=environment(),
                                    stderr=subprocess.DEVNULL)
@@ -147,6 +150,7 @@ def kill_and_resume(method, folder, processes, restarts=0):
     result = run(f"{method}.py", *args, processes=processes)
     assert result.returncode == 0 and "resuming from step" in result.stderr, result.stderr
 
+@pytest.mark.slow
 def test_one_of_two_processes_dies_and_torchrun_resumes(tmp_path):
     result = run("simclr.py", *flags("simclr"), "--output", tmp_path / "whole", processes=2)
     assert result.returncode == 0, result.stderr
