@@ -8,16 +8,21 @@ It starts the scripts and evaluates what they learn, as a person would. The tabl
 as well, and the picture are made of what lies in the runs' folders: what is finished is not run
 again, what was stopped resumes, and experiments share runs. To run one again, delete its folder.
 """
-import contextlib, importlib, json, os, re, shlex, statistics, subprocess, sys, time
+import contextlib, importlib, itertools, json, math, os, re, shlex, statistics, subprocess
+import sys, time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 
-import common
+import common  # before torch, since it handles signals from then on
+import evaluate
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 LINEAR = "evaluate.py linear RUN --protocol lbfgs"      # logistic regression on h
-PAPERS = dict(simclr="simclr", byol="byol", simsiam="simsiam", swav="swav", deepcluster="swav",
-              cpc_v2="cpc", supcon="simclr")            # protocol of --scale paper; others: moco
+GPUS = "torchrun --nproc_per_node=8"                    # --scale paper; protocols: others have moco
+PROTOCOLS = dict(simclr="simclr", byol="byol", simsiam="simsiam", swav="swav", deepcluster="swav",
+                 cpc_v2="cpc", supcon="simclr")
 # Minutes of an epoch of shapes on one thread, from RESULTS.md; of CIFAR-10 it is some 7 times that.
 MINUTES = dict(simclr=0.27, moco=0.17, byol=0.3, simsiam=0.21, swav=0.43, cpc_v2=1, insdis=0.14,
                cmc=0.19, deepcluster=0.35, densecl=0.28, supcon=0.3, image_mixture=0.25)
@@ -94,8 +99,9 @@ experiment("simclr-figure7", "figure 7 and table 6, 1000 epochs of widths 1, 2, 
            paper="--epochs 1000", minutes=7)
 experiment("simclr-figure8", "figure 8, a plot: nonlinear 3 above linear, 10 above none",
            "Which head should be between h and the loss, and how wide?", {
-               "none": "--head none", **cross({"linear": "--head linear", "nonlinear": ""},
-                                              "--dim", (32, 128, 512))}, times={"--dim": 4})
+               "none": "--head none",
+               **cross({"linear": "--head linear", "nonlinear": ""}, "--dim", (32, 128, 512))},
+           times={"--dim": 4})
 experiment("simclr-figure9", "figure 9, batch size and epochs (ours: 1/8, 1/25 of the paper's)",
            "Do small batches lose less in long runs?", cross(
                {n: f"--batch-size {n}" for n in (32, 128, 512)}, "--epochs", (4, 8, 16),
@@ -134,8 +140,8 @@ experiment("cpc_v2-figure3", "figure 3: from 48.7 to 71.5, each step above the o
 experiment("cpc_v2-table2", "figure 1, table 2: 1, 10, 50 % of the labels",
            "How many labels does pre-training save?", {
                "CPC v2": ("", (52.7, 73.1, 81.2)), "supervised": ("", (23.1, 62.5, 75.9))},
-           evaluate=["evaluate.py finetune RUN --protocol cpc --subset random --labels 0.01 0.1 0.5 "
-                     "--baseline supervised"], minutes=20)
+           evaluate=["evaluate.py finetune RUN --protocol cpc --subset random "
+                     "--labels 0.01 0.1 0.5 --baseline supervised"], minutes=20)
 experiment("moco-momentum", "section 4.1, 4096 keys; 0 fails", "Must the key encoder be slow?",
            vary("--ema-momentum", {0: None, 0.9: 55.2, 0.99: 57.8, 0.999: 59.0, 0.9999: 58.9}),
            paper="--version 1 --queue-size 4096")
@@ -169,7 +175,7 @@ experiment("byol-figure3b", "figure 3b", "Does BYOL need its augmentations less 
     "SimCLR, no grey": ("simclr.py --augment crop,jitter,blur", 61.9),
     "SimCLR, crop and blur": ("simclr.py --augment crop,blur", 41.7),
     "SimCLR, crop": ("simclr.py --augment crop", 40.3)}, grid=True, paper="--epochs 300")
-experiment("byol-momentum", "table 5: neither 0 nor 1 works", "How fast should the target follow?",
+experiment("byol-momentum", "table 5a", "How fast should the target follow?",
            vary("--ema-momentum", (0, 0.9, 0.97, 0.99, 1)))
 experiment("simsiam-figure2", "figure 2", "What does the stop-gradient prevent?", {
     "stop-gradient": ("", 68.1), "without": ("--no-stop-gradient", 0.1)}, log=["z_std"])
@@ -180,8 +186,8 @@ experiment("simsiam-table3", "table 3; all is unstable", "Where do the heads nee
     "--head-norm", {"none": 34.6, "hidden": 67.4, "default": 68.1, "all": None}), log=["z_std"])
 experiment("simsiam-symmetric", "section 4.6", "Does it need to predict both ways?", {
     "symmetric": ("", 68.1), "asymmetric": ("--asymmetric", 64.8)})
-experiment("simsiam-alternate", "section 5: a few steps do no harm",
-           "May the targets be fixed for some steps?", vary("--alternate", (1, 10, 78)))
+experiment("simsiam-alternate", "section 5", "May the targets be fixed for some steps?",
+           vary("--alternate", (1, 10, 100)))
 experiment("swav-crops", "official README, 400 epochs", "Do small crops help?", {
     "2": ("--small-crops 0", 70.1), "2 + 2": "--small-crops 2", "2 + 4": "--small-crops 4",
     "2 + 6": ("--small-crops 6", 74.6)}, paper="--epochs 400")
@@ -190,8 +196,9 @@ experiment("swav-prototypes", "appendix", "Does the number of prototypes matter?
 experiment("swav-iterations", "appendix", "How many Sinkhorn iterations do the codes need?",
            vary("--iterations", (1, 3, 10)))
 experiment("swav-queue", "section 4, for small batches", "Do earlier images help small batches?",
-           vary("--queue-size", (0, 256, 960)), times={"--queue-size": 4}, paper="--recipe imagenet-256")
-experiment("swav-frozen", "appendix: random prototypes lose little", "Must the prototypes learn?",
+           vary("--queue-size", (0, 256, 960)), times={"--queue-size": 4},
+           paper="--recipe imagenet-256")
+experiment("swav-frozen", "appendix", "Must the prototypes learn?",
            {"learned": "", "frozen": "--freeze-epochs 10000"})
 experiment("deepcluster-versions", "official README", "What did version 2 of DeepCluster gain?",
            {"version 1": "--version 1 --small-crops 0", "version 2": ""})
@@ -203,14 +210,16 @@ experiment("densecl-lambda", "detection on VOC 07+12 (ours: on drawn scenes)",
            evaluate=["evaluate.py detect RUN", LINEAR])
 experiment("supcon-temperature", "a plot", "Which temperature?",
            vary("--temperature", (0.05, 0.1, 0.2, 0.5)))
-experiment("supcon-positives", "section 3, out is better", "Mean outside or inside the logarithm?",
+experiment("supcon-positives", "section 3", "Mean outside or inside the logarithm?",
            {"out": "", "in": "--positives in"})
-experiment("supcon-labels", "official README, CIFAR-10, 1000 epochs", "What do labels add to SimCLR?",
-           {"SupCon": ("", 96.0), "SimCLR": ("simclr.py", 93.6)},
+experiment("supcon-labels", "official README, CIFAR-10, 1000 epochs",
+           "What do labels add to SimCLR?", {"SupCon": ("", 96.0), "SimCLR": ("simclr.py", 93.6)},
            paper="--data cifar10 --recipe small --arch resnet50 --epochs 1000")
-experiment("image_mixture-kinds", "Un-Mix's README, kNN on CIFAR-10", "Which mixture helps MoCo?", vary(
-    "--mixture", {"none": 89.11, "global": None, "region": None, "both": None, "unmix": 91.34}),
-    paper="--data cifar10 --recipe small --epochs 1000")
+experiment("image_mixture-kinds", "Un-Mix's README, kNN on CIFAR-10",
+           "Which mixture helps MoCo?", {
+               "none": ("--mixture none", 89.11), "unmix": ("--mixture unmix", 91.34),
+               **vary("--mixture", ("global", "region", "both"))},
+           paper="--data cifar10 --recipe small --epochs 1000")
 experiment("methods", "solo-learn's table, CIFAR-10, 1000 epochs",
            "What does each method learn in some four minutes of one thread?", {
                script: (f"{script}.py --epochs {round(4 / MINUTES[script])}", figure)
@@ -224,105 +233,102 @@ experiment("methods", "solo-learn's table, CIFAR-10, 1000 epochs",
 
 def slug(text):
     """The text as the name of a folder or file."""
-    return re.sub(r"[^\w.,]+", "-", text).strip("-") or "default"
+    return re.sub(r"[^\w.]+", "-", text).strip("-") or "default"
 
 def script_and_flags(entry, text):
-    """The script of a row, and its flags."""
-    words = text.split()
-    if words and words[0].endswith(".py"):
-        return words[0][:-3], words[1:]
-    return entry["script"], words
+    first, _, rest = text.partition(" ")
+    return (first[:-3], rest) if first.endswith(".py") else (entry["script"], text)
 
-def make_runs(entry, args):
-    """(label, seed) -> (folder, commands): the training and the evaluations, each a list of words
-    and the file of its standard output."""
+def plan(entry, args):
+    """(label, seed) -> (folder, commands), the training and then the evaluations: each a list of
+    words, and the file of its standard output."""
     runs = {}
-    for label, row in entry["rows"].items():
-        script, flags = script_and_flags(entry, row[0])
-        flags += [*entry["small"].split(), *args.extra]
-        base = f"{CIFAR10}{CIFAR10_OF[script]}".split() if args.data == "cifar10" else []
+    for label, (text, *_) in entry["rows"].items():
+        script, flags = script_and_flags(entry, text)
+        flags = " ".join([flags, entry["small"], *args.extra])
+        base = CIFAR10 + CIFAR10_OF[script] if args.data == "cifar10" else ""
         for seed in range(args.seeds):
-            folder = Path(args.output, args.data, script, slug(" ".join(flags)), f"seed{seed}")
-            train = [f"{script}.py", *base, "--root", args.root, "--knn-every", "0", *flags,
-                     "--seed", str(seed), "--output", str(folder)]
-            commands = [(train, folder / "output.txt")]
-            for text in entry["evaluate"]:
-                words = [str(folder) if word == "RUN" else word for word in text.split()]
-                commands.append((words, folder / f"{slug(text)}.out"))
+            folder = Path(args.output, args.data, script, slug(flags), f"seed{seed}")
+            train = [f"{script}.py", *base.split(), "--root", args.root, "--knn-every", "0",
+                     *flags.split(), "--seed", str(seed), "--output", str(folder)]
+            commands = [(train, folder / "train.out")]
+            for task in entry["evaluate"]:
+                words = [str(folder) if word == "RUN" else word for word in task.split()]
+                commands.append((words, folder / f"{slug(task)}.out"))
             runs[label, seed] = (folder, commands)
     return runs
 
 def paper_commands(entry):
-    """What to run on 8 GPUs for the paper's rows."""
-    for label, row in entry["rows"].items():
-        script, flags = script_and_flags(entry, row[2] if len(row) > 2 else row[0])
-        for i, word in enumerate(flags[1:], 1):
-            flags[i] = str(int(word) * entry["times"].get(flags[i - 1], 1)) if word.isdigit() else word
+    """What the paper ran, for 8 GPUs."""
+    data = "" if "--data" in entry["paper"] else "--data IMAGENET --recipe imagenet "
+    for label, (small, _, *large) in entry["rows"].items():
+        script, flags = script_and_flags(entry, *large or [small])
+        for flag, factor in entry["times"].items():
+            flags = re.sub(rf"(?<={flag} )\d+", lambda n: str(int(n[0]) * factor), flags)
         folder = f"runs/{slug(f'{script} {label}')}"
-        flags = ["--recipe", "imagenet", *flags, *entry["paper"].split(), "--output", folder]
-        yield ["torchrun", "--nproc_per_node=8", f"{script}.py", "--data", "IMAGENET", *flags]
-        for text in entry["evaluate"]:
-            text = text.replace("lbfgs", PAPERS.get(script, "moco")).replace("RUN", folder)
-            yield ["python" if "transfer" in text else "torchrun --nproc_per_node=8", *text.split()]
+        yield f"{GPUS} {script}.py {data}{flags} {entry['paper']} --output {folder}"
+        for task in entry["evaluate"]:
+            task = task.replace("lbfgs", PROTOCOLS.get(script, "moco"))
+            task = task.replace("detect RUN", "detect RUN --data VOC").replace("RUN", folder)
+            yield f"{'python' if 'transfer' in task else GPUS} {task}"
 
-def epochs(words):
-    """Of a training command, which its script reads: mistakes in flags show before the work."""
-    return importlib.import_module(words[0][:-3]).parse_args(words[1:]).epochs
+def epochs(train):
+    """Of a training, by its script: mistakes in the flags show before any work."""
+    return importlib.import_module(train[0][:-3]).parse_args(train[1:]).epochs
 
 def minutes(entry, args):
-    total = 0
-    for _, ((train, _), *_) in make_runs(entry, args).values():
-        epoch = MINUTES[train[0][:-3]] * (7 if args.data == "cifar10" else 1)
-        total += entry["minutes"] or epoch * epochs(train)
-    return total / args.jobs
+    trainings = [commands[0][0] for _, commands in plan(entry, args).values()]
+    per_epoch = [MINUTES[train[0][:-3]] * (7 if args.data == "cifar10" else 1)
+                 for train in trainings]
+    return sum(entry["minutes"] or m * epochs(t) for m, t in zip(per_epoch, trainings)) / args.jobs
 
-def result(folder, file):
+def result(file):
     """What a command has left: the JSON that an evaluation ended with, or the last line of the log
-    of a finished training. None if it has not finished."""
+    of a finished training; None before that."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        if file.suffix == ".out":
+        if file.name != "train.out":
             return json.loads(file.read_text().splitlines()[-1])
-        last = common.read_log(folder)[-1]
-        flags = common.read_checkpoint(folder / "checkpoint.pt")["args"]
-        return last if "knn" in last and last["epoch"] == flags["epochs"] else None
+        last = common.read_log(file.parent)[-1]
+        flags = common.read_checkpoint(file.parent / "checkpoint.pt")["args"]
+        if "knn" in last and last["epoch"] == flags["epochs"]:
+            return last
     return None
 
 RUNNING = []
 
 def run(folder, commands):
-    """Run what is missing of one run. Returns the command that failed, or None."""
+    """Run what is missing of one run; returns the command that failed, or None."""
     for words, file in commands:
-        if result(folder, file) is None:
+        if result(file) is None:
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "output.txt", "a") as log, open(file, "a") as out:
-                process = subprocess.Popen(
+                RUNNING.append(subprocess.Popen(
                     [sys.executable, HERE / words[0], *words[1:]], stdout=out, stderr=log,
-                    env=dict(os.environ, OMP_NUM_THREADS="1"), start_new_session=True)
-                RUNNING.append(process)
-                process.wait()
-            if result(folder, file) is None:
+                    env=dict(os.environ, OMP_NUM_THREADS="1"), start_new_session=True))
+                RUNNING[-1].wait()
+            if result(file) is None:
                 return words
     return None
 
 def run_all(runs, count):
     """Run what is missing of `runs`, folder -> commands, `count` at once. Returns whether all went
-    well. A signal that stops this program stops them too, and trainings save what they have."""
-    missing = {folder: commands for folder, commands in runs.items()
-               if any(result(folder, file) is None for _, file in commands)}
-    common.say(f"{len(missing)} of {len(runs)} runs are to do")
+    well. A signal stops the programs that run, and a training saves what it has."""
+    runs = {folder: commands for folder, commands in runs.items()
+            if any(result(file) is None for _, file in commands)}
+    common.say(f"{len(runs)} runs are not finished")
     began = time.time()
     failed = 0
     with ThreadPoolExecutor(count) as pool:
+        futures = {pool.submit(run, *item): item[0] for item in runs.items()}
         try:
-            futures = {pool.submit(run, *item): item[0] for item in missing.items()}
             for i, future in enumerate(as_completed(futures), 1):
-                left = (time.time() - began) / i * (len(missing) - i) / 60
-                what = f"done: {futures[future]}"
+                failed += future.result() is not None
+                what = f"{futures[future]} is done"
                 if future.result():
-                    failed += 1
-                    what = (f"failed, see {futures[future]}/output.txt: "
-                            f"{shlex.join(future.result())}")
-                common.say(f"{i} of {len(missing)}, about {left:.0f} min left; {what}")
+                    log = futures[future] / "output.txt"
+                    what = f"failed, see {log}: {shlex.join(future.result())}"
+                left = (time.time() - began) / i * (len(runs) - i) / 60
+                common.say(f"{i} of {len(runs)}, about {left:.0f} min left: {what}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             while any(future.running() for future in futures):
@@ -334,35 +340,160 @@ def run_all(runs, count):
 
 # ============================================================================== what came out
 
-def figures(entry, label, folder, commands):
-    """{column: figure} of one run, as far as it has finished; the column for the paper first."""
+def figures(entry, label, commands):
+    """{column: figure} of one run, as far as it has finished; first what the paper has."""
     found = {}
-    for _, file in commands[1:]:
-        answer = result(folder, file) or dict(task=None)
+    for answer in filter(None, [result(file) for _, file in commands[1:]]):
         if answer["task"] == "invariance":
-            row, = [row for row in answer["rows"] if row["task"] == label]
-            found.update({"h": row["h"], "g(h)": row["g(h)"]})
-        if answer["task"] == "finetune":
+            found.update({key: row[key] for row in answer["rows"] if row["task"] == label
+                          for key in ("h", "g(h)")})
+        elif answer["task"] == "finetune":
             key = "baseline_top1" if label == "supervised" else "top1"
             found.update({f"{100 * row['labels']:g} %": row[key] for row in answer["rows"]})
-        if answer["task"] == "detect":
-            found["AP"] = answer["AP"]
-        if answer["task"] == "linear":
-            found["linear"] = answer["top1"]
-    last = result(folder, commands[0][1]) or {}
-    found.update({key: last[key] for key in [*entry["log"], "kNN"] if key in last})
-    return found
+        else:
+            found[answer["task"]] = answer["AP" if answer["task"] == "detect" else "top1"]
+    last = result(commands[0][1]) or {}
+    return found | {key: last[key] for key in [*entry["log"], "knn"] if key in last}
 
 def agreement(ours, theirs):
-    """(pairs in the paper's order, pairs) of the figures that both have and that differ there."""
+    """(pairs in the paper's order, pairs) of the figures that both have, if they differ there."""
     both = [pair for pair in zip(ours, theirs) if None not in pair]
-    pairs = [(a, b) for i, a in enumerate(both) for b in both[:i] if a[1] != b[1]]
+    pairs = [(a, b) for a, b in itertools.combinations(both, 2) if a[1] != b[1]]
     return sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in pairs), len(pairs)
 
 def report(name, args, runs):
     """The table, on the screen and in EXPERIMENTS.md, and the picture."""
     entry = EXPERIMENTS[name]
-    found = {label: [figures(entry, label, *runs[label, seed]) for seed in range(args.seeds)]
+    key = name if args.data == "shapes" else f"{name}-{args.data}"
+    found = {label: [figures(entry, label, runs[label, seed][1]) for seed in range(args.seeds)]
              for label in entry["rows"]}
-    columns = list(dict.fromkeys(c for runs in found.values() for run in runs for c in run))
-    ...
+    columns = dict.fromkeys(column for row in found.values() for one in row for column in one)
+    columns = sorted(columns, key=lambda column: column in (*entry["log"], "knn"))
+    if not columns:
+        return
+    table = []
+    bars = []
+    for label, row in found.items():
+        paper = entry["rows"][label][1]
+        paper = paper if isinstance(paper, tuple) else (paper,)
+        line = {key: label}
+        for column in columns:
+            values = [one[column] for one in row if column in one]
+            mean = statistics.fmean(values) if values else None
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            line[column] = f"{mean:.3g}" + f" ± {spread:.2g}" * (spread > 0) if values else "-"
+            if column == columns[0]:
+                bars.append((label, mean, spread, paper[0]))
+        line["paper"] = " / ".join("-" if value is None else f"{value:g}" for value in paper)
+        table.append(line)
+    same, pairs = agreement([bar[1] for bar in bars], [bar[3] for bar in bars])
+    order = (f"{columns[0]}: {same} of {pairs} pairs of rows have the paper's order." if pairs else
+             "No figures of the paper to compare the order with.")
+    print(f"\n{entry['asks']} Paper: {entry['shows']}.")
+    evaluate.print_table(table)
+    print(order, flush=True)
+
+    picture = Path("pictures/experiments", f"{key}.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(bars, entry["grid"], f"{key}: {columns[0]}", picture)
+    files = [file for _, commands in runs.values() for _, file in commands if file.exists()]
+    day = date.fromtimestamp(max(file.stat().st_mtime for file in files))
+    cells = [list(table[0]), ["---"] * len(table[0]), *(list(line.values()) for line in table)]
+    lines = [f"<!-- {key} -->", f"## {key}", "", f"{entry['asks']} Paper: {entry['shows']}.", "",
+             *("| " + " | ".join(row) + " |" for row in cells), "",
+             f"{order} {entry['note']}".strip(), "",
+             f"`{shlex.join(['python', 'experiments.py', name, *args.flags])}`, {day}", "",
+             f"![{key}]({picture})", f"<!-- end {key} -->"]
+    path = Path("EXPERIMENTS.md")
+    text = path.read_text() if path.exists() else "# Experiments\n"
+    section = "\n".join(lines)
+    old = re.compile(f"{lines[0]}.*{lines[-1]}", re.DOTALL)
+    text = old.sub(lambda _: section, text) if old.search(text) else f"{text}\n{section}\n"
+    common.write_atomically(path, text.encode())
+
+def draw(bars, grid, title, path):
+    """bars: (label, our mean, spread, the paper's figure), as bars or as heat maps."""
+    panels = {"ours": 1}
+    if any(bar[3] is not None for bar in bars):
+        panels["the paper"] = 3
+    cells = [bar[0].split(", ", 1) for bar in bars]
+    rows = list(dict.fromkeys(cell[0] for cell in cells))
+    columns = list(dict.fromkeys(cell[-1] for cell in cells))
+    height = 2 + 0.45 * len(rows if grid else bars)
+    figure, axes = common.pyplot().subplots(1, len(panels), figsize=(6 * len(panels), height),
+                                            layout="constrained", squeeze=False)
+    figure.suptitle(title, fontsize=15)
+    for ax, (name, i) in zip(axes[0], panels.items()):
+        values = [math.nan if bar[i] is None else bar[i] for bar in bars]
+        written = ["" if bar[i] is None else f"{bar[i]:.1f}" for bar in bars]
+        ax.set_title(name, fontsize=13)
+        ax.tick_params(labelsize=12)
+        if not grid:
+            spread = [bar[2] for bar in bars] if name == "ours" else None
+            drawn = ax.barh([bar[0] for bar in bars], values, xerr=spread, height=0.6)
+            ax.bar_label(drawn, written, fontsize=12, padding=4)
+            ax.invert_yaxis()
+            ax.margins(x=0.15)
+            continue
+        table = np.full((len(rows), len(columns)), math.nan)
+        for (row, column), value, text in zip(cells, values, written):
+            table[rows.index(row), columns.index(column)] = value
+            ax.text(columns.index(column), rows.index(row), text, ha="center", va="center",
+                    fontsize=12)
+        ax.imshow(table, cmap="summer", aspect="auto")
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows)
+    common.save_picture(figure, path)
+
+# ============================================================================== flags
+
+def parse_args(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = common.LineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="experiments to run; without any they are listed")
+    add("--data", choices=["shapes", "cifar10"], default="shapes", help="default shapes")
+    add("--root", default="data", help="folder that holds cifar10 (default data)")
+    add("--seeds", type=common.count, default=1, help="runs of each row, seeds from 0 (default 1)")
+    add("--jobs", type=common.count, default=2, help="processes at once, of one thread (default 2)")
+    add("--epochs", type=common.count, help="epochs of every run, to shorten it")
+    add("--scale", choices=["small", "paper"], default="small",
+        help="paper: print the paper's commands for 8 GPUs and run nothing")
+    add("--dry-run", action="store_true", help="print the commands and run nothing")
+    add("--output", metavar="DIR", default="runs/experiments",
+        help="folder of the runs (default runs/experiments)")
+    args = parser.parse_args(argv[:cut])
+    args.extra = argv[cut + 1:]
+    args.flags = [word for word in argv if word not in args.names]
+    if args.epochs:
+        args.extra = ["--epochs", str(args.epochs), *args.extra]
+    unknown = [name for name in args.names if name not in EXPERIMENTS]
+    if unknown:
+        parser.error(f"{unknown[0]}: not one of {', '.join(EXPERIMENTS)}")
+    return args
+
+def main(args, device):
+    if not args.names:
+        print(f"On {args.data}, {args.jobs} at once; the minutes are from RESULTS.md.")
+    for name, entry in EXPERIMENTS.items() if not args.names else ():
+        print(f"{name:21} {minutes(entry, args):3.0f} min  {entry['asks']}")
+    plans = {name: plan(EXPERIMENTS[name], args) for name in args.names}
+    runs = {}
+    for folder, commands in (run for runs in plans.values() for run in runs.values()):
+        epochs(commands[0][0])
+        known = runs.setdefault(folder, [])
+        known += [command for command in commands if command not in known]
+    if args.scale == "paper":
+        print("\n".join(line for name in args.names for line in paper_commands(EXPERIMENTS[name])))
+    elif args.dry_run:
+        for words in (words for commands in runs.values() for words, _ in commands):
+            print("OMP_NUM_THREADS=1 python " + shlex.join(words))
+    elif args.names:
+        well = run_all(runs, args.jobs)
+        for name in args.names:
+            report(name, args, plans[name])
+        sys.exit(not well)
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

@@ -194,7 +194,7 @@ def triples(s, semi_hard):
         farther = s < s.diagonal()[:, None]
         nearest = s.masked_fill(~farther, -math.inf).argmax(1, keepdim=True)
         chosen = farther & (nearest == torch.arange(len(s), device=s.device))
-    return chosen / chosen.sum().clamp(min=1)
+    return chosen.to(s.dtype) / chosen.sum().clamp(min=1)
 
 def other_loss(z1, z2, args):
     if args.loss == "nt-logistic":

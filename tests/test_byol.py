@@ -126,6 +126,15 @@ def test_solarisation_inverts_what_is_bright():
     unchanged = common.normalize(x.clone(), byol.MEAN, byol.STD)
     assert torch.allclose(byol.augment(x, 0, 0, 0), unchanged, atol=2e-3)
 
+def test_without_the_grey_views():
+    """Figure 3b: what a probability of 0 takes away."""
+    x = torch.rand(200, 3, 12, 12)
+    for p, share in ((0.2, 0.2), (0.0, 0.0), (1.0, 1.0)):
+        views = byol.augment(x, 0, 0, 0, p) * torch.tensor(byol.STD)[:, None, None]
+        views = views + torch.tensor(byol.MEAN)[:, None, None]
+        grey = (views[:, 0] - views[:, 1]).abs().flatten(1).amax(1) < 1e-4
+        assert grey.float().mean().item() == pytest.approx(share, abs=0.1)
+
 # ------------------------------------------------------------------- whole runs
 
 def test_order_of_a_step(few_images, tmp_path, monkeypatch):
@@ -175,6 +184,19 @@ def test_target_follows_the_new_weights_with_a_momentum_that_rises_to_1(few_imag
     torch.manual_seed(args.seed)
     start = byol.BYOL(args.arch, args.stem, args.hidden, args.dim)
     assert not torch.equal(weights[0], start.encoder.conv1.weight)      # the step came first
+
+@pytest.mark.parametrize("ema_momentum", [0, 1])
+def test_targets_that_follow_at_once_or_never(ema_momentum, few_images, tmp_path):
+    """Table 5a."""
+    flags = [*RUN, "--epochs", 1, "--ema-momentum", ema_momentum, "--lr", 2]
+    train(byol, *flags, "--output", tmp_path)
+    saved = common.read_checkpoint(tmp_path / "checkpoint.pt")["model"]
+    args = byol.parse_args(list(map(str, flags)))
+    torch.manual_seed(args.seed)
+    start = byol.BYOL(args.arch, args.stem, args.hidden, args.dim).state_dict()
+    target = saved["target_encoder.conv1.weight"]
+    assert torch.equal(target, saved["encoder.conv1.weight"]) == (ema_momentum == 0)
+    assert torch.equal(target, start["encoder.conv1.weight"]) == (ema_momentum == 1)
 
 def test_rate_warms_up_from_0_and_falls_on_a_cosine(few_images, tmp_path):
     train(byol, *RUN, "--epochs", 2, "--warmup-epochs", 1, "--lr", 2, "--output", tmp_path)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+import torch.nn.functional as F
+
 import common
 import simclr
 from conftest import logged, mistake, run, tiny, train, two_processes, watch
@@ -64,6 +66,96 @@ def test_loss_of_known_cases():
     scaled = simclr.nt_xent(1e-3 * apart, 1e3 * apart, 0.5)
     assert scaled.item() == pytest.approx(expected, rel=1e-12)
 
+def triples_by_loops(z1, z2, term, semi_hard):
+    """The mean of term(u . v+, u . v-) over the triples, one at a time."""
+    total = 0.0
+    count = 0
+    for i in range(len(z1)):
+        positive = similarity(z1[i], z2[i])
+        negatives = [similarity(z1[i], z2[k]) for k in range(len(z2)) if k != i]
+        if semi_hard:
+            farther = [s for s in negatives if s < positive]
+            negatives = sorted(farther, key=lambda s: s.item())[-1:]
+        for negative in negatives:
+            total += term(positive, negative)
+            count += 1
+    return total / max(count, 1)
+
+@pytest.mark.parametrize("semi_hard", [False, True])
+@pytest.mark.parametrize("n,d", [(2, 3), (5, 4), (12, 8)])
+def test_other_losses_equal_table_2(n, d, semi_hard):
+    torch.manual_seed(n)
+    z1 = (7 * torch.randn(n, d, dtype=torch.float64)).requires_grad_()
+    z2 = (z1.detach() / 7 + torch.randn(n, d, dtype=torch.float64)).requires_grad_()
+
+    def logistic(positive, negative):
+        return -F.logsigmoid(positive / 0.3) - F.logsigmoid(-negative / 0.3)
+
+    def margin(positive, negative):
+        return (negative - positive + 0.4).clamp(min=0)
+
+    for term, loss in ((logistic, simclr.nt_logistic(z1, z2, 0.3, semi_hard)),
+                       (margin, simclr.margin_loss(z1, z2, 0.4, semi_hard))):
+        expected = triples_by_loops(z1, z2, term, semi_hard)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-15)
+        gradients = torch.autograd.grad(loss, [z1, z2])
+        for gradient, by_loops in zip(gradients, torch.autograd.grad(expected, [z1, z2])):
+            assert (gradient - by_loops).abs().max() < 1e-12
+
+def gradient_on_the_sphere(gradient, z):
+    """The gradient by u of table 2, carried to z = |z| u."""
+    u = z / z.norm()
+    return (gradient - (gradient @ u) * u) / z.norm()
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_of_table_2(seed):
+    """Of two images each u has one negative: minus the formulas of table 2, which ascend."""
+    torch.manual_seed(seed)
+    z1 = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    z2 = torch.randn(2, 5, dtype=torch.float64)
+    v = F.normalize(z2, dim=1)
+    for i in range(2):
+        u = F.normalize(z1[i].detach(), dim=0)
+        positive = v[i]
+        negative = v[1 - i]
+        near = torch.sigmoid(u @ negative / 0.5)
+        logistic = torch.sigmoid(-u @ positive / 0.5) / 0.5 * positive - near / 0.5 * negative
+        margin = (u @ positive - u @ negative < 0.8) * (positive - negative)
+        for loss, formula in ((simclr.nt_logistic(z1, z2, 0.5), logistic),
+                              (simclr.margin_loss(z1, z2, 0.8), margin)):
+            expected = gradient_on_the_sphere(-formula / 2, z1[i].detach())     # of the mean
+            assert torch.allclose(torch.autograd.grad(loss, z1)[0][i], expected, atol=1e-12)
+
+def test_semi_hard_negatives():
+    """The nearest of those farther than the positive; none where all are nearer."""
+    s = torch.tensor([[0.5, 0.4, 0.45, 0.9], [0.0, -1.0, 0.2, 0.3],
+                      [0.1, 0.7, 0.8, 0.2], [0.9, 0.9, 0.9, 0.9]])
+    weights = simclr.triples(s, semi_hard=True)
+    assert weights.nonzero().tolist() == [[0, 2], [2, 1]] and weights.sum() == 1
+    assert torch.equal(simclr.triples(s, semi_hard=False) > 0, ~torch.eye(4).bool())
+    assert simclr.triples(torch.ones(3, 3), semi_hard=True).sum() == 0
+
+def test_distribution_of_table_5():
+    args = simclr.parse_args(["--temperature", "0.5", "--batch-size", "8"])
+    z = torch.eye(8)
+    wrong = torch.cat([z[:6], z[[7, 6]]])           # two of eight take another's place
+    figures = simclr.for_the_log(3 * z, wrong, torch.tensor(1.0), args)
+    assert figures["contrast_accuracy"].item() == 75
+    p = torch.tensor([math.exp(2)] + 7 * [1.0]) / (math.exp(2) + 7)
+    assert figures["contrast_entropy"].item() == pytest.approx(-(p * p.log()).sum().item())
+    assert figures["bound"].item() == pytest.approx(math.log(15) - 1)
+    args = simclr.parse_args(["--temperature", "10", "--loss", "unnormalized"])
+    figures = simclr.for_the_log(30 * z, 10 * z, torch.tensor(1.0), args)
+    assert figures["contrast_entropy"].item() < 0.01
+
+def test_unnormalized_loss():
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
+    args = simclr.parse_args(["--temperature", "3", "--loss", "unnormalized"])
+    unit = [F.normalize(z, dim=1) for z in (z1, z2)]
+    assert torch.allclose(simclr.other_loss(*unit, args), simclr.nt_xent(z1, z2, 3), atol=1e-12)
+    assert (simclr.other_loss(z1, z2, args) - simclr.nt_xent(z1, z2, 3)).abs() > 0.01
+
 def test_gradient_of_two_processes_is_that_of_the_whole_batch():
     two_processes("nt_xent")
 
@@ -108,7 +200,86 @@ def test_views_stay_in_0_to_1_and_the_blur_has_a_tenth_of_the_side(monkeypatch):
     assert views.min() >= 0 and views.max() <= 1 and not torch.equal(views, x)
     assert torch.equal(x, before)
 
+def test_operations_of_figure_5():
+    torch.manual_seed(0)
+    x = torch.rand(200, 3, 16, 16)
+    for name, operation in simclr.FIGURE_5.items():
+        same = operation(x.clone(), p=0)
+        assert torch.equal(same, x), name
+        given = x.clone()
+        views = operation(given)
+        assert views is given and views.min() >= 0 and views.max() <= 1
+        changed = (views != x).flatten(1).any(1).float().mean().item()
+        assert changed == pytest.approx(0.75 if name == "rotate" else 0.5, abs=0.12), name
+
+def test_cutout_is_a_square_of_half_the_side():
+    torch.manual_seed(0)
+    grey = simclr.cutout(torch.zeros(3000, 3, 16, 16), p=1) == 0.5
+    assert torch.equal(grey[:, 0], grey[:, 2])
+    rows = grey[:, 0].any(2).sum(1)
+    columns = grey[:, 0].any(1).sum(1)
+    assert torch.equal(grey[:, 0].sum((1, 2)), rows * columns)
+    assert set(rows.tolist()) | set(columns.tolist()) == {8}
+    assert grey[:, 0].any(0).all()                              # anywhere
+
+def test_sobel_finds_the_edge():
+    x = torch.zeros(1, 3, 8, 8)
+    x[..., 4:] = 1
+    for image in (x, x.mT):
+        edges = simclr.sobel(image.clone(), p=1)
+        assert torch.allclose(edges.sum(), torch.tensor(3 * 2 * 8.0), rtol=1e-3)
+        assert edges.amax() <= 1 and torch.equal(edges[:, 0], edges[:, 1])
+    assert not simclr.sobel(torch.full((1, 3, 8, 8), 0.3), p=1).round(decimals=5).any()
+
+def test_turns_are_as_likely():
+    torch.manual_seed(0)
+    x = torch.arange(16.0).view(1, 1, 4, 4).expand(800, 3, 4, 4) / 16
+    views = simclr.rotate(x.clone())
+    for turns in range(4):
+        share = (views == x.rot90(turns, (2, 3))).flatten(1).all(1).float().mean().item()
+        assert share == pytest.approx(0.25, abs=0.05)
+
+def test_listed_operations():
+    """The default list makes the default views; operations come in their order; "crop" alone
+    leaves crops as they are."""
+    x = torch.rand(300, 3, 40, 40)
+    for listed, blur in (("crop,color", 0.0), ("crop,color,blur", 0.5), ("jitter,grayscale", 0.0)):
+        torch.manual_seed(3)
+        expected = simclr.augment(x, 0.7, blur)
+        torch.manual_seed(3)
+        assert torch.equal(simclr.augment_as_listed(x, listed, 0.7), expected)
+    assert torch.equal(simclr.augment_as_listed(x, "crop", 1.0), x)
+    cut = simclr.augment_as_listed(x, "sobel,cutout", 1.0)
+    assert (cut == 0.5).flatten(1).any(1).sum() > 100           # no edges of the cut squares
+
+@pytest.mark.parametrize("flags,same", [
+    (["--asymmetric", "--augment", "color"], True), (["--asymmetric", "--augment", "crop"], True),
+    (["--augment", "crop,color"], False), (["--augment", "rotate"], True)])
+def test_views_of_figure_5(flags, same):
+    """In the asymmetric study the second view is the crop; without "crop" both are of one crop."""
+    torch.manual_seed(0)
+    x1, x2 = torch.rand(2, 50, 3, 16, 16)
+    args = simclr.parse_args([*flags, "--size", "16", "--min-scale", "0.1"])
+    crop = common.Crop(2, 16, (0.1, 1.0), flip=0.5)
+    views1, views2 = simclr.listed_views(x1, x2, crop, args).chunk(2)
+    assert (views1 != x1).any()
+    if args.asymmetric:
+        assert torch.equal(views2, x1)
+    else:
+        of_one = common.to_gray(views2).mean() - common.to_gray(x1).mean()
+        assert (of_one.abs() < 1e-4) == same
+
 # ------------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("flags", [
+    ["--augment", "crop,cutout,color,sobel,noise,blur,rotate"], ["--loss", "margin", "--semi-hard"],
+    ["--asymmetric", "--augment", "crop,color"], ["--loss", "nt-logistic"],
+    ["--loss", "unnormalized", "--temperature", "10"]])
+def test_runs_of_the_experiments(flags, few_images, tmp_path):
+    train(simclr, *RUN, *flags, "--epochs", 1, "--output", tmp_path)
+    assert len(logged(tmp_path, "loss")) == 10
+    assert all(0 <= accuracy <= 100 for accuracy in logged(tmp_path, "contrast_accuracy"))
+    assert all(0 <= entropy <= math.log(40) for entropy in logged(tmp_path, "contrast_entropy"))
 
 def test_order_of_a_step(few_images, tmp_path, monkeypatch):
     """Both views go through the network in one pass; then the loss, then the step."""
@@ -147,10 +318,15 @@ def test_rate_by_the_square_root_of_the_batch(few_images, tmp_path):
     assert logged(tmp_path, "lr")[0] == pytest.approx(0.075 * math.sqrt(40))    # B.1
 
 @pytest.mark.parametrize("flag,value", [
-    ("--head", "deep"), ("--lr-scaling", "cubic"), ("--dim", "0"), ("--temperature", "-1")])
+    ("--head", "deep"), ("--lr-scaling", "cubic"), ("--dim", "0"), ("--temperature", "-1"),
+    ("--augment", "crop,colour"), ("--augment", ","), ("--loss", "triplet"), ("--margin", "-1")])
 def test_mistakes_name_their_flag(flag, value, tmp_path):
     message = mistake(simclr, flag, value, "--output", tmp_path)
-    assert flag in message and value in message
+    assert flag in message and value.split(",")[-1] in message
+
+def test_flags_that_go_together(tmp_path):
+    assert "--augment" in mistake(simclr, "--asymmetric", "--output", tmp_path)
+    assert "--loss" in mistake(simclr, "--semi-hard", "--output", tmp_path)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

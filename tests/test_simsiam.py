@@ -90,6 +90,41 @@ def test_model_is_the_papers():
     assert torch.allclose(model.predictor(z2), p2, atol=1e-6)
     assert len(simsiam.projector(8, 2, 4)) == 5
 
+@pytest.mark.parametrize("head_norm,norms", [("none", (0, 0)), ("hidden", (1, 1)),
+                                             ("default", (2, 1)), ("all", (2, 2))])
+def test_norms_of_the_heads(head_norm, norms):
+    """Table 3: BN in the projector of two layers and in the predictor."""
+    model = simsiam.SimSiam("resnet10x0.125", "small", 2, 8, 4, "trained", head_norm)
+    for head, number in zip((model.projector, model.predictor), norms):
+        kinds = [type(module) for module in head]
+        assert kinds.count(nn.BatchNorm1d) == number
+        assert kinds.count(nn.Linear) == 2 and kinds.count(nn.ReLU) == 1
+        assert (kinds[-1] is nn.BatchNorm1d) == (head_norm == "all"
+                                                 or head_norm == "default" and number == 2)
+    p1, *_ = model(torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8))
+    assert p1.shape == (4, 8)
+
+def test_targets_of_earlier_weights():
+    """Section 5: the targets are z of the weights at the last update, in training mode."""
+    torch.manual_seed(0)
+    model = simsiam.SimSiam("resnet10x0.125", "small", 2, 8, 4, "trained", alternate=3)
+    model.encoder.bn1.weight.data += torch.rand(8)
+    x1, x2 = torch.rand(2, 6, 3, 8, 8)
+    before = model.projector(model.encoder(x2))
+    model.fix_targets(3)
+    for step in (4, 5):
+        model.fix_targets(step)
+        for weight in [*model.encoder.parameters(), *model.projector.parameters()]:
+            weight.data += 0.05 * torch.randn_like(weight)
+        _, _, _, target2 = model(x1, x2)
+        assert torch.allclose(target2, before, atol=1e-5) and not target2.requires_grad
+    p1, p2, _, _ = model(x1, x2)
+    assert torch.allclose(p1, model.predictor(model.projector(model.encoder(x1))), atol=1e-5)
+    model.fix_targets(6)
+    _, _, _, target2 = model(x1, x2)
+    assert torch.allclose(target2, model.projector(model.encoder(x2)), atol=1e-5)
+    assert not torch.allclose(target2, before, atol=0.01)
+
 def test_each_view_has_its_own_batch_statistics():
     torch.manual_seed(0)
     model = simsiam.SimSiam("resnet10x0.125", "small", 2, 8, 4, "none")
@@ -162,6 +197,29 @@ def test_kinds_of_predictor(kind, few_images, tmp_path, monkeypatch):
              for name, weight in start.predictor.named_parameters()]
     assert moved == {"fixed": [False] * 5, "none": []}.get(kind, [True] * 5)
     assert not torch.equal(end["encoder.conv1.weight"], start.encoder.conv1.weight)
+
+def test_asymmetric_loss(few_images, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, (simsiam.SimSiam, "forward"), (simsiam, "negative_cosine"))
+    train(simsiam, *RUN, "--epochs", 1, "--asymmetric", "--output", tmp_path)
+    assert [name for name, _, _ in calls] == ["forward", "negative_cosine"] * 10
+    _, _, (p1, _, _, z2) = calls[0]
+    assert torch.equal(calls[1][1][0], p1) and torch.equal(calls[1][1][1], z2)
+    losses = [loss.item() for name, _, loss in calls if name == "negative_cosine"]
+    assert logged(tmp_path, "loss") == pytest.approx(losses)
+
+def test_alternating_optimisation(few_images, tmp_path):
+    """Targets of one step's age at most are SimSiam; older ones are not, and are in the checkpoint,
+    by which a run resumes between two updates."""
+    losses = {}
+    for steps in (1, 4):
+        train(simsiam, *RUN, "--epochs", 1, "--alternate", steps, "--output", tmp_path / str(steps))
+        losses[steps] = logged(tmp_path / str(steps), "loss")
+    assert losses[1][0] == pytest.approx(losses[4][0], abs=1e-6)
+    assert losses[1][3] != pytest.approx(losses[4][3], abs=1e-6)
+    saved = common.read_checkpoint(tmp_path / "4/checkpoint.pt")["model"]
+    assert not torch.equal(saved["targets.0.conv1.weight"], saved["encoder.conv1.weight"])
+    message = mistake(simsiam, "--alternate", 4, "--no-stop-gradient", "--output", tmp_path / "5")
+    assert "--alternate 4" in message
 
 def test_rate_warms_up_from_0(few_images, tmp_path):
     train(simsiam, *RUN, "--epochs", 2, "--warmup-epochs", 1, "--lr", 2, "--output", tmp_path)
