@@ -132,7 +132,7 @@ class DeepCluster(nn.Module):
             seen = self.memory[0].any(1)                        # (n,)
             for head in range(len(self.prototypes)):
                 z = self.memory[head % 2][seen]
-                self.prototypes[head], found = spherical_kmeans(z, K, iterations)
+                self.prototypes[head], found = spherical_kmeans(z, K, iterations, seed=head)
                 self.assignments[head, seen] = found
         else:
             h = F.normalize(pca_whiten(h, 256), dim=1)
@@ -140,8 +140,6 @@ class DeepCluster(nn.Module):
             self.weights.copy_(len(h) / K / self.assignments[0].bincount(minlength=K).clamp(min=1))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
-            if common.WORLD_SIZE > 1:
-                dist.broadcast(self.classifier.weight, 0)       # drawn by the first process
         now = self.assignments[0]
         both = (before >= 0) & (now >= 0)
         self.changes[0] = mutual_information(before[both], now[both])
@@ -150,11 +148,11 @@ class DeepCluster(nn.Module):
 # ------------------------------------------------------------------- clustering and loss
 
 @torch.no_grad()
-def spherical_kmeans(features, num_clusters, iterations, refill=False):
+def spherical_kmeans(features, num_clusters, iterations, refill=False, seed=0):
     """k-means by cosine from random rows. features (n, d) of unit length, n >= K, the same in every
     process, each of which does its share: centroids (K, d) of unit length, assignments (n,) int64.
     An empty cluster keeps its centroid, or takes that of another one, slightly moved: `refill`."""
-    generator = torch.Generator().manual_seed(0)                # the same in every process
+    generator = torch.Generator().manual_seed(seed)             # the same in every process
     rows = torch.randperm(len(features), generator=generator)[:num_clusters]
     centroids = features[rows.to(features.device)]
     mine = features[common.RANK::common.WORLD_SIZE]
@@ -255,6 +253,7 @@ def train(args, device):
             model.cluster(args.iterations)
         elif step % len(batches) == 0:
             h, _ = common.features(model.encoder, data, run.input, args.workers, args.precision)
+            common.seed_all(args.seed, step, 0, 2)                      # the same in every process
             model.cluster(args.iterations, h)
             for w in model.classifier.parameters():
                 optimizer.state.pop(w, None)                            # of the old classifier

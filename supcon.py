@@ -96,7 +96,7 @@ def supervised_contrastive(z1, z2, labels, temperature, base_temperature, positi
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     log_p = F.log_softmax(logits.masked_fill(itself, -math.inf), dim=1)     # a != i
     same = (labels[:, None] == labels).repeat(2, 2) & ~itself   # P(i), never empty
-    count = same.sum(1)
+    count = same.sum(1).to(z.dtype)
     if positives == "out":
         value = log_p.masked_fill(~same, 0).sum(1) / count      # the mean outside the logarithm
     else:

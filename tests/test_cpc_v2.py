@@ -658,7 +658,7 @@ def test_rate_is_constant_after_the_warm_up():
     (["--offsets", "1", "3"], "--offsets 3: there are only 3 rows of patches"),
     (["--patch-size", "17"], "--patch-size 17: expected 3 <="),
     (["--patch-size", "2"], "--patch-size 2: expected 3 <="),
-    (["--resize", "15"], "--patch-size 8, --size 16, --resize 15"),
+    (["--resize", "15"], "--patch-size 8: expected 3 <="),
     (["--directions", "3"], "--directions"),
     (["--norm", "group"], "--norm"),
     (["--patch-augment", "some"], "--patch-augment"),
