@@ -60,8 +60,8 @@ SMALL = dict(                           # ours
     knn_every=10,
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
-    SMALL, arch="resnet10x0.25",
-    epochs=20, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
+    SMALL, arch="resnet10x0.25", size=24,
+    epochs=24, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
     hidden=512, dim=128,
     color_strength=2.0,                 # one tint an image, which is what the jitter removes
     solarize2=0.0,

@@ -60,8 +60,8 @@ SMALL = dict(                           # ours, after swav.py's
     knn_every=10,
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
-    SMALL, arch="resnet10x0.25",
-    epochs=16, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
+    SMALL, arch="resnet10x0.25", size=24,
+    epochs=22, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
     min_scale=0.4, small_crops=2, small_size=16, small_scale=0.2,
     num_prototypes=30, hidden=256,
     color_strength=1.0,                 # one tint an image, which is what the jitter removes

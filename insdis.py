@@ -55,8 +55,8 @@ SMALL = dict(                           # official cifar.py: the softmax over th
     knn_every=10,
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
-    SMALL, arch="resnet10x0.25",
-    epochs=32, batch_size=64, lr=0.016, optimizer="adamw", schedule="cosine", weight_decay=1e-4,
+    SMALL, arch="resnet10x0.25", size=24,
+    epochs=48, batch_size=64, lr=0.016, optimizer="adamw", schedule="cosine", weight_decay=1e-4,
     warmup_epochs=1, temperature=0.2,
     color_strength=2.0,                 # one tint an image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object

@@ -21,7 +21,7 @@ METHODS = ["simclr", "moco", "byol", "simsiam", "swav", "cpc_v2", "insdis", "cmc
 
 # A run of 30 steps that takes a second or two, for every method.
 TINY = ["--arch", "resnet10x0.125", "--size", "8", "--batch-size", "500", "--epochs", "3",
-        "--log-every", "4", "--knn-every", "2"]
+        "--log-every", "4", "--knn-every", "0"]
 TINY_OF = {
     "moco": ["--queue-size", "2000", "--dim", "16", "--bn-splits", "2"],
     "densecl": ["--queue-size", "2000", "--dim", "16", "--bn-splits", "2", "--size", "16"],

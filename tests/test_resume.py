@@ -10,10 +10,10 @@ import simclr
 from conftest import METHODS, ROOT, command, environment, mistake, run, tiny, train
 
 FRESH = {"images_per_second", "waiting"}        # entries of the log that differ from run to run
-LR = {"simclr": ["--lr", "2"]}
+OF_SIMCLR = ["--lr", "2", "--knn-every", "2"]
 
 def flags(method):
-    return [*tiny(method), *LR.get(method, [])]
+    return [*tiny(method), *(OF_SIMCLR if method == "simclr" else [])]
 
 def result_of(folder):
     """What a run must reproduce: its checkpoint, and its log without the timings."""
@@ -71,7 +71,7 @@ def last_step(folder):
 
 # ------------------------------------------------------------------- kills
 
-DEFAULT = ["simclr", "moco", "swav", "insdis"]  # LARS, a queue, many crops, a memory bank
+DEFAULT = ["simclr", "moco"]                    # LARS; a queue and an average
 SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in DEFAULT]
 
 @pytest.mark.parametrize("method", [*DEFAULT, *SLOW])
@@ -109,6 +109,7 @@ def test_what_a_run_leaves(finished, capsys):
     said = capsys.readouterr().err
     assert "this run is finished" in said and "untrained" in said and "pixels" in said
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(finished, tmp_path):
     args = [*flags("simclr"), "--output", tmp_path, "--save-every", 3]
     moments = random.Random(0)
@@ -170,7 +171,8 @@ def test_four_processes_resume_bit_for_bit(method, tmp_path):
 
 # ------------------------------------------------------------------- signals
 
-@pytest.mark.parametrize("name,status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
+@pytest.mark.parametrize("name,status", [
+    ("SIGTERM", 0), ("SIGINT", 130), pytest.param("SIGUSR1", 0, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends_the_run(finished, tmp_path, name, status):
     args = [*flags("simclr"), "--output", tmp_path]
     process = subprocess.Popen(command("simclr.py", *args), env=environment(),
@@ -251,9 +253,6 @@ def test_a_copied_script_has_a_run_of_its_own(tmp_path):
     assert result.returncode == 0 and "barlow on shapes" in result.stderr
     assert sorted(os.listdir(tmp_path / "runs")) == ["barlow-shapes-resnet10x0.125",
                                                      "simclr-shapes-resnet10x0.125"]
-    (tmp_path / "simclr.py").write_text(source.replace("# k != i", "# not itself"))
-    result = run(tmp_path / "simclr.py", *args, cwd=tmp_path)
-    assert result.returncode == 0 and "has changed" not in result.stderr
     changed = source.replace("/ temperature ", "/ (2 * temperature) ")
     (tmp_path / "simclr.py").write_text(changed)
     result = run(tmp_path / "simclr.py", *args, cwd=tmp_path)

@@ -344,10 +344,9 @@ def test_training_on_all_gpus(tmp_path):
 
 @pytest.mark.learning
 def test_it_learns(tmp_path):
-    """Five epochs of the default run instead of thirteen: above the untrained network and above
-    the pixels already."""
-    result = run("simclr.py", "--epochs", 5, "--output", tmp_path, threads=2, timeout=1800)
+    """Three epochs of the default run instead of twenty, at 16 pixels: far above the untrained
+    network already."""
+    result = run("simclr.py", "--epochs", 3, "--size", 16, "--output", tmp_path, threads=2)
     assert result.returncode == 0, result.stderr
     first, *_, last = common.read_log(tmp_path)
-    assert first["knn"] < 35 and first["knn_pixels"] < 55
-    assert last["knn"] > first["knn_pixels"] + 5
+    assert last["knn"] > first["knn"] + 10
