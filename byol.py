@@ -46,6 +46,7 @@ IMAGENET = dict(                        # section 3.3 and appendix F: 300 epochs
     warmup_epochs=10,
     hidden=4096, dim=256,               # 3.3
     color_strength=1.0, grayscale=0.2,  # table 6
+    additive=True,                      # brightness, as in the official code
     blur1=1.0, blur2=0.1, solarize2=0.2,                # table 6: T and T'
     min_scale=0.08,
     knn_every=0,
@@ -64,6 +65,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     epochs=24, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
     hidden=512, dim=128,
     color_strength=2.0,                 # one tint an image, which is what the jitter removes
+    additive=False,                     # sums of that strength leave nothing of the drawings
     solarize2=0.0,
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=4,
@@ -74,10 +76,10 @@ RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET, "imagenet-100
 # ------------------------------------------------------------------- augmentation (appendix B)
 
 @common.in_chunks
-def augment(x, strength, blur, solarize, grayscale=0.2):
+def augment(x, strength, blur, solarize, grayscale=0.2, additive=True):
     """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.2 * strength, 0.1 * strength,
-                            additive=True)
+                            additive=additive)
     x = common.grayscale(x, grayscale)
     if blur:
         tenth = 2 * (x.shape[-1] // 20) + 1                     # of the side: 23 at 224
@@ -162,8 +164,9 @@ def train(args, device):
         if args.ema_momentum == 0:
             ema_momentum = 0                                            # table 5a: constant
 
-        x1 = augment(x1, args.color_strength, args.blur1, 0, args.grayscale)
-        x2 = augment(x2, args.color_strength, args.blur2, args.solarize2, args.grayscale)
+        x1 = augment(x1, args.color_strength, args.blur1, 0, args.grayscale, args.additive)
+        x2 = augment(x2, args.color_strength, args.blur2, args.solarize2, args.grayscale,
+                     args.additive)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             outputs = network(x1, x2)                                   # (N / W, d) each
         p1, p2, target1, target2, z1 = [output.float() for output in outputs]
