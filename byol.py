@@ -24,8 +24,8 @@ Published: ImageNet, ResNet-50, batch 4096: linear 72.5 % after 300 epochs (appe
 1000 (table 1). Ours: RESULTS.md.
 
 Differs from the paper: the target starts as a copy of the online network, there from new weights.
-Contrast and saturation are torchvision's, resizing is antialiased. The classifier that the official
-code trains alongside is left out. The recipes for small images are ours.
+Contrast and saturation are torchvision's, resizing is antialiased, the blur mirrors the border. The
+classifier that the official code trains alongside is left out. Recipes for small images are ours.
 Usage:  python byol.py    torchrun --nproc_per_node=8 byol.py --data /path/to/imagenet
 """
 import copy

@@ -457,7 +457,7 @@ def grayscale(x, p=0.2):
 def color_jitter(x, brightness, contrast, saturation, hue, p=0.8, additive=False):
     """torchvision's ColorJitter: four operations in random order, with factors uniform in
     max(0, 1 - strength)..1 + strength and a hue shift in -hue..hue of the circle, clipped to 0..1
-    after each. The order is drawn for every 64 images, on a GPU for a quarter of them. `additive`
+    after each. The order is drawn for at most 64 images, on a GPU for a quarter of them. `additive`
     brightness adds a number in -brightness..brightness instead, as Inception's does."""
 
     def jitter(x):
@@ -1187,8 +1187,6 @@ class Run:
                 file.write(json.dumps(line) + "\n")
 
     def _knn(self, encoder, input):
-        for buffer in encoder.buffers() if WORLD_SIZE > 1 else ():
-            dist.broadcast(buffer, 0)           # running statistics may be each process's own
         Stopped.at_once = WORLD_SIZE == 1       # everything is saved
         bank, queries = [
             features(encoder, load_data(self.args.data, self.args.root, split, self.device), input,
@@ -1285,6 +1283,8 @@ def features(encoder, data, input, workers=0, precision="fp32"):
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     training = encoder.training
     encoder.eval()
+    for buffer in encoder.buffers() if WORLD_SIZE > 1 else ():
+        dist.broadcast(buffer, 0)           # running statistics may be each process's own
     crop = CenterCrop(input["size"], input.get("fraction", 0.875), input["interpolation"])
     in_order = InOrder(data, [crop])
     h = []

@@ -3,8 +3,8 @@ Deep Clustering for Unsupervised Learning of Visual Features. Caron et al., ECCV
 
 Idea. Before every epoch the images are clustered by their features; during the epoch the network
 learns to tell from any view of an image which cluster the image is in. Version 2 takes the features
-of the last epoch from a memory, several clusterings, and small crops; SwAV finds clusters in every
-batch instead. Version 1 takes the features of a pass over all images and a new linear classifier.
+of the last epoch from a memory, several clusterings, and small crops; SwAV learns its prototypes
+and assigns within a batch. Version 1 takes features of all images and a new linear classifier.
 
 Objective of version 2, a mean over the H clusterings, all V crops and the images:
     L = - 1/H sum over h  1/V sum over v  log p_vh(y_h),      p_vh = softmax(z_v . C_h / tau)
@@ -20,12 +20,12 @@ Notation. N images in the global batch, n in the data set.
     M            memory              (2, n, d)           the last z of both large crops; 0: none yet
 The loss starts below ln K. The log has `nmi`, the normalised mutual information of the clusters
 with those of the epoch before (2018, figure 2), and `empty`, the number of empty clusters.
-
 Published: ImageNet, ResNet-50, 800 epochs: linear 75.2 % (official README). Ours: RESULTS.md.
 
 Differs: every process keeps the memory of all images (1.3 GB for ImageNet) and clusters a share; an
 image that an epoch left out keeps its embedding. Version 1 has a ResNet without Sobel's filter and
-spherical k-means; it weights images by 1 / cluster size, which equals sampling clusters evenly.
+spherical k-means, and one optimizer; it weights images by 1 / cluster size, which equals sampling
+clusters evenly. GPUs train in bf16, there float32: --precision fp32.
 Usage:  python deepcluster.py    torchrun --nproc_per_node=8 deepcluster.py --data /path/to/imagenet
 """
 import math
@@ -132,7 +132,7 @@ class DeepCluster(nn.Module):
             seen = self.memory[0].any(1)                        # (n,)
             for head in range(len(self.prototypes)):
                 z = self.memory[head % 2][seen]
-                self.prototypes[head], found = spherical_kmeans(z, K, iterations, seed=head)
+                self.prototypes[head], found = spherical_kmeans(z, K, iterations)
                 self.assignments[head, seen] = found
         else:
             h = F.normalize(pca_whiten(h, 256), dim=1)
@@ -148,12 +148,11 @@ class DeepCluster(nn.Module):
 # ------------------------------------------------------------------- clustering and loss
 
 @torch.no_grad()
-def spherical_kmeans(features, num_clusters, iterations, refill=False, seed=0):
-    """k-means by cosine from random rows. features (n, d) of unit length, n >= K, the same in every
-    process, each of which does its share: centroids (K, d) of unit length, assignments (n,) int64.
-    An empty cluster keeps its centroid, or takes that of another one, slightly moved: `refill`."""
-    generator = torch.Generator().manual_seed(seed)             # the same in every process
-    rows = torch.randperm(len(features), generator=generator)[:num_clusters]
+def spherical_kmeans(features, num_clusters, iterations, refill=False):
+    """k-means by cosine from random rows: centroids (K, d) of unit length, assignments (n,) int64.
+    features (n, d) of unit length, n >= K, and torch's seed are the same in every process; each
+    does a share. An empty cluster keeps its centroid, or, `refill`, takes a full one's, moved."""
+    rows = torch.randperm(len(features))[:num_clusters]
     centroids = features[rows.to(features.device)]
     mine = features[common.RANK::common.WORLD_SIZE]
     for _ in range(iterations):
@@ -165,8 +164,8 @@ def spherical_kmeans(features, num_clusters, iterations, refill=False, seed=0):
         if refill:
             is_empty = length[:, 0].cpu() == 0
             empty, full = is_empty.nonzero()[:, 0], (~is_empty).nonzero()[:, 0]
-            chosen = full[torch.randint(len(full), (len(empty),), generator=generator)]
-            noise = 1e-3 * torch.randn(len(empty), centroids.shape[1], generator=generator)
+            chosen = full[torch.randint(len(full), (len(empty),))]
+            noise = 1e-3 * torch.randn(len(empty), centroids.shape[1])
             centroids[empty] = F.normalize(centroids[chosen] + noise.to(centroids), dim=1)
     return centroids, nearest(features, centroids)
 
@@ -200,10 +199,12 @@ def cluster_prediction(z, prototypes, assignments, temperature):
 
 # ------------------------------------------------------------------- training (SwAV, appendix A)
 
-def learning_rate(step, warmup, total):
-    """As a fraction of the peak: from 1/16 up, then a half cosine down to 1/1000."""
+def learning_rate(step, warmup, total, version):
+    """As a fraction of the peak: from 1/16 up, then a half cosine to 1/1000; v1: constant."""
     if step < warmup:
         return 1 / 16 + 15 / 16 * step / warmup
+    if version == 1:
+        return 1.0
     return 0.001 + 0.999 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 def train(args, device):
@@ -244,25 +245,25 @@ def train(args, device):
 
     for step in range(run.step, run.total):
         views = run.crops(step)
-        lr = peak_lr * learning_rate(step, warmup, run.total)
+        lr = peak_lr * learning_rate(step, warmup, run.total, args.version)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         views = [augment(x, args.color_strength, args.blur) for x in views]
-        if step % len(batches) == 0 and args.version == 2:
-            model.cluster(args.iterations)
-        elif step % len(batches) == 0:
-            h, _ = common.features(model.encoder, data, run.input, args.workers, args.precision)
+        if step % len(batches) == 0:
+            h = None
+            if args.version == 1:
+                h, _ = common.features(model.encoder, data, run.input, args.workers, args.precision)
+                for w in model.classifier.parameters():
+                    optimizer.state.pop(w, None)                        # of the old classifier
             common.seed_all(args.seed, step, 0, 2)                      # the same in every process
             model.cluster(args.iterations, h)
-            for w in model.classifier.parameters():
-                optimizer.state.pop(w, None)                            # of the old classifier
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             outputs = network(views)                                    # (V, N / W, d or K)
         indices = run.indices.to(device, non_blocking=True)
         y = model.assignments[:, indices]                               # (H, N / W)
         if args.version == 1:
-            loss = F.cross_entropy(outputs[0], y[0], weight=model.weights)
+            loss = F.cross_entropy(outputs[0], y[0], model.weights, reduction="sum") / len(y[0])
         else:
             loss = cluster_prediction(outputs, model.prototypes, y, args.temperature)
 

@@ -550,7 +550,8 @@ def tsne(x, neighbours=30, steps=300):
 # Flags of which the scale of a loss depends.
 LOSS_SCALE = {"method", "batch_size", "size", "temperature", "base_temperature", "loss", "version",
               "positives", "queue_size", "negatives", "num_prototypes", "heads", "dense_weight",
-              "mixture", "directions", "offsets", "patch_size", "stride", "gather"}
+              "mixture", "directions", "offsets", "patch_size", "stride", "gather", "symmetric",
+              "margin", "semi_hard"}
 
 def compare(args, device):
     """curves and figures of several runs"""

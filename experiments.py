@@ -202,7 +202,7 @@ experiment("swav-frozen", "appendix", "Must the prototypes learn?",
            {"learned": "", "frozen": "--freeze-epochs 10000"})
 experiment("deepcluster-versions", "official README", "What did version 2 of DeepCluster gain?",
            {"version 1": "--version 1 --small-crops 0", "version 2": ""})
-experiment("deepcluster-clusters", "version 1's figure 3, a plot", "How many clusters?",
+experiment("deepcluster-clusters", "version 1's number of clusters", "How many clusters?",
            vary("--num-prototypes", (10, 30, 100, 300)), times={"--num-prototypes": 100})
 experiment("densecl-lambda", "detection on VOC 07+12 (ours: on drawn scenes)",
            "How much of the dense loss?",

@@ -21,10 +21,10 @@ another image are not independent of each other, so it is an estimate. It cannot
 
 Published: ImageNet, ResNet-50: linear 64.5 % after 100 epochs (table 1), 69.3 % after 1000 (table
 6); CIFAR-10: 94.0 % (B.9). Ours: RESULTS.md.
-
-Differs from the paper: crops are torchvision's, antialiased. Brightness is a factor, as by default
-in the code (appendix A adds); contrast blends with the mean luma, saturation with the luma (there
-each channel's mean, and HSV); the blur mirrors the border. The official loss is a sum, twice this.
+Differs from the paper: crops are torchvision's, antialiased; convolutions start from fan_out (there
+fan_in). Brightness is a factor, as by default in the code (appendix A adds); contrast blends with
+the mean luma, saturation with the luma (there each channel's mean, and HSV); the blur mirrors the
+border. The official loss is a sum, twice this.
 
 Usage:  python simclr.py    torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet
 """
@@ -96,8 +96,7 @@ def augment_as_listed(x, operations, strength, crop=None):
         if operation == "crop" and crop:
             x = common.crop_and_resize(x, crop)[0]
         if operation in ("color", "jitter"):
-            x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength,
-                                    0.2 * strength)
+            x = common.color_jitter(x, *3 * [0.8 * strength], 0.2 * strength)
         if operation in ("color", "grayscale"):
             x = common.grayscale(x, p=0.2)
         if operation == "blur":
@@ -213,9 +212,11 @@ def for_the_log(z1, z2, loss, args):
         z1, z2 = [F.normalize(z, dim=1) for z in (z1, z2)]
     log_p = F.log_softmax(z1 @ z2.T / args.temperature, dim=1)  # (N, N)
     own = log_p.argmax(1) == torch.arange(len(z1), device=z1.device)
-    return dict(bound=math.log(2 * args.batch_size - 1) - loss,
-                contrast_accuracy=100 * own.float().mean(),
-                contrast_entropy=-(log_p.exp() * log_p).sum(1).mean())
+    entries = dict(contrast_accuracy=100 * own.float().mean(),
+                   contrast_entropy=-(log_p.exp() * log_p).sum(1).mean())
+    if args.loss in ("nt-xent", "unnormalized"):
+        entries["bound"] = math.log(2 * args.batch_size - 1) - loss
+    return entries
 
 # ------------------------------------------------------------------- training (sections 2.2, 2.3)
 
@@ -279,8 +280,7 @@ def parse_args(argv=None):
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
     add("--min-scale", type=common.fraction, help="smallest crop area as a fraction of the image")
     add("--lr-scaling", choices=["linear", "sqrt"], help="lr * batch / 256 or lr * sqrt(batch) / 4")
-    add("--augment", metavar="LIST",
-        help=f"operations of section 3.1 instead of appendix A's: {','.join(OPERATIONS)}")
+    add("--augment", metavar="LIST", help=f"instead of appendix A's: {','.join(OPERATIONS)}")
     add("--asymmetric", action="store_true", help="figure 5: --augment changes one view alone")
     add("--loss", choices=["nt-xent", "unnormalized", "nt-logistic", "margin"],
         help="tables 4 and 5; unnormalized: nt-xent of z that is not scaled to unit length")

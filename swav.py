@@ -18,7 +18,7 @@ Notation. N images in the global batch.
     q, Q         codes                (N, K)              q is MoCo's query and BYOL's predictor
     tau          temperature                              tau is BYOL's momentum
 The loss starts at ln K = 8.006. If it stays there, all images have one code: a smaller --epsilon
-(0.03) or a longer --freeze-epochs helps. `code_entropy` is the entropy of the mean code.
+(0.03) or a longer --freeze-epochs helps. `code_entropy`, of the mean code, stays near ln K then.
 
 Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96: linear 72.1 / 73.9 / 74.6 / 75.3 % after 100 / 200
 / 400 / 800 epochs (official README). Ours: RESULTS.md.

@@ -387,7 +387,7 @@ def test_order_of_version_1(few_images, tmp_path, monkeypatch):
     h, _ = calls[0][2]
     assert len(h) == 416 and torch.equal(calls[1][1][2], h)
     steps = [call for call in calls if call[0] == "cross_entropy"]
-    for step, (_, (logits, labels), _) in enumerate(steps):
+    for step, (_, (logits, labels, _), _) in enumerate(steps):
         assignments, _, _ = notes[step // 10]
         assert logits.shape == (40, 12)
         assert torch.equal(labels, assignments[0, batches[step]])
