@@ -460,14 +460,16 @@ def neighbours(args, device):
         nearest = common.nearest(bank.h, test.h, 1)[1][:, 0]
         result[key] = 100 * (bank.labels[nearest] == test.labels).float().mean().item()
     report(args, checkpoint, name, dict(count=min(args.count, len(val))), result)
+    common.seed_all(args.seed, 7)
     save(args, draw_neighbours(input, train, val, spaces, 8), "neighbours-and-pixels.png")
     save(args, draw_map(args, by_encoder[1], class_names(train), name), "map.png")
 
 def draw_neighbours(input, train, val, spaces, columns):
-    """A row for each of the first ten classes: a test image and, for each of `spaces`, {title:
-    Features of train and val}, its nearest training images, framed in red if of another class."""
+    """A row for each of the first ten classes: a random test image and, for each of `spaces`,
+    {title: Features of train and val}, its nearest training images, red if of another class."""
     classes = val.labels.unique()[:10]
-    queries = torch.stack([(val.labels == c).nonzero()[0, 0] for c in classes])
+    order = torch.randperm(len(val))
+    queries = torch.stack([order[val.labels[order] == c][0] for c in classes])
     found = [common.nearest(bank.h, test.h[queries.to(test.h.device)], columns)[1].cpu()
              for bank, test in spaces.values()]                         # (Q, columns) each
     rows = []

@@ -125,7 +125,7 @@ def checkpoint(tmp_path_factory):
     """That of a short SimCLR run."""
     import simclr
     folder = tmp_path_factory.mktemp("run")
-    train(simclr, *TINY, "--lr", "2", "--output", folder)
+    train(simclr, *TINY, "--lr", "2", "--knn-every", "2", "--output", folder)
     return folder / "checkpoint.pt"
 
 def ask(task, *args):
