@@ -172,6 +172,8 @@ def load_folder(directory, split):
     if not paths:
         where = part if unlabelled else part / "<class>"
         raise UserError(f"--data {directory}: no images; expected them in {where}")
+    if unlabelled:
+        say(f"{directory}: no class folders in {top / 'train'}; images without labels")
     return Folder(paths, None if unlabelled else labels, classes or None)
 
 def class_folders(part):
@@ -1112,9 +1114,11 @@ class Run:
 
     def _begin(self):
         args = self.args
-        say(f"{self.name} on {args.data}: {len(self.batches.data)} images, {self.total} steps of "
-            f"{args.batch_size}, recipe {args.recipe}, {args.precision} on {self.device.type}, "
-            f"into {self.folder}")
+        say(f"{self.name} on {args.data}: {len(self.batches.data)} images, {args.epochs} epochs, "
+            f"{self.total} steps of {args.batch_size}, {args.arch} at {args.size} pixels, recipe "
+            f"{args.recipe}, {args.precision} on {self.device.type}, into {self.folder}")
+        if args.warmup_epochs >= args.epochs:
+            say("--warmup-epochs is no shorter than --epochs: the learning rate only rises")
         if BUSY and self.device.type == "cpu" and torch.get_num_threads() > 1:
             say("other programs are running: OMP_NUM_THREADS=1 may be faster beside them")
         if self.step == 0 and self.labelled and args.knn_every:
@@ -1216,8 +1220,8 @@ class Run:
             say(f"kNN accuracy {self.knn:.1f} % after {self.args.epochs} epochs; untrained "
                 f"{self.knn_untrained:.1f} %, pixels {self.knn_pixels:.1f} %")
             if self.knn <= max(self.knn_untrained, self.knn_pixels):
-                say("it has not learned more than these know: try more --epochs or another --lr")
-        say(f"next: python evaluate.py linear {self.folder}")
+                say("this is no better than these two: try more --epochs or another --lr")
+            say(f"next: python evaluate.py linear {self.folder}")
 
     def _draw_views(self, views):
         """A row for each of the first images of the batch: the image, and its views."""

@@ -280,7 +280,7 @@ def parse_args(argv=None):
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
     add("--min-scale", type=common.fraction, help="smallest crop area as a fraction of the image")
     add("--lr-scaling", choices=["linear", "sqrt"], help="lr * batch / 256 or lr * sqrt(batch) / 4")
-    add("--augment", metavar="LIST", help=f"instead of appendix A's: {','.join(OPERATIONS)}")
+    add("--augment", metavar="LIST", help=f"instead of appendix A's: {', '.join(OPERATIONS)}")
     add("--asymmetric", action="store_true", help="figure 5: --augment changes one view alone")
     add("--loss", choices=["nt-xent", "unnormalized", "nt-logistic", "margin"],
         help="tables 4 and 5; unnormalized: nt-xent of z that is not scaled to unit length")
