@@ -84,17 +84,21 @@ class Folder:
         used = indices.clone()
         broken = []
         for k, i in enumerate(indices.tolist()):
-            image = self.read(i)
-            while image is None and len(broken) < 10 + len(self) // 100:    # more end the run
-                broken.append(i)
-                i = (i + 1) % len(self)
-                image = self.read(i)
-            image = torch.zeros(3, 32, 32, dtype=torch.uint8) if image is None else image
+            image, i = self.read_next(i, broken)
             seed_all(*key, i)
             for batch, view in zip(views, [v for crop in crops for v in crop_one(image, crop)]):
                 batch[k] = view
             used[k] = i
         return views, used, broken
+
+    def read_next(self, i, broken):
+        """Image i, or the next one that can be read, and its index; adds the others to `broken`."""
+        image = self.read(i)
+        while image is None and len(broken) < 10 + len(self) // 100:    # more end the run
+            broken.append(i)
+            i = (i + 1) % len(self)
+            image = self.read(i)
+        return torch.zeros(3, 64, 64, dtype=torch.uint8) if image is None else image, i
 
     def read(self, i):
         """Image i as (3, H, W) uint8 RGB, or None if it cannot be read. torchvision reads JPEGs,
@@ -223,11 +227,12 @@ class Batches:
     is the number of steps in an epoch. An item is what `Images.crop` returns."""
 
     def __init__(self, data, crops, batch_size, seed):
-        if batch_size > len(data) or batch_size % WORLD_SIZE:
+        if not 2 * WORLD_SIZE <= batch_size <= len(data) or batch_size % WORLD_SIZE:
             fits = min(batch_size, 2 ** int(math.log2(len(data) / 4 + 1)))
-            fits = max(1, fits // WORLD_SIZE) * WORLD_SIZE
-            raise UserError(f"--batch-size {batch_size}: more than the {len(data)} images, or not "
-                            f"a multiple of {WORLD_SIZE} processes; --batch-size {fits} fits")
+            fits = max(2, fits // WORLD_SIZE) * WORLD_SIZE
+            raise UserError(f"--batch-size {batch_size}: needs at least 2 images for each of "
+                            f"{WORLD_SIZE} processes, as many for each, and at most the "
+                            f"{len(data)} that there are; --batch-size {fits} fits")
         self.data = data
         self.crops = crops
         self.batch_size = batch_size
@@ -1246,7 +1251,8 @@ def draw_curves(runs, path):
     """Loss, kNN accuracy, spread of z and learning rate of `runs`, {name: lines of the log}, as a
     PNG. Dashed: kNN accuracy of the untrained network; dotted: of the pixels."""
     figure, axes = pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained")
-    titles = dict(loss="loss", knn="kNN accuracy, %", lr="learning rate",
+    titles = dict(loss="loss", knn="kNN accuracy, % (dashed: untrained, dotted: pixels)",
+                  lr="learning rate",
                   z_std="spread of z (about 1: healthy, 0: collapsed)")
     for i, (name, lines) in enumerate(runs.items()):
         for ax, (key, title) in zip(axes.flat, titles.items()):

@@ -89,13 +89,11 @@ class Scenes:
         used = indices.clone()
         broken = []
         for k, i in enumerate(indices.tolist()):
-            image = self.read(i)
-            while image is None and len(broken) < 10 + len(self) // 100:    # more end the run
-                broken.append(i)
-                i = (i + 1) % len(self)
-                image = self.read(i)
-            images.append(torch.zeros(3, 64, 64, dtype=torch.uint8) if image is None else image)
-            used[k] = i
+            if self.in_workers:
+                image, used[k] = self.images.read_next(i, broken)
+            else:
+                image = self.images[i]
+            images.append(image)
         return images, used, broken
 
 def drawn_scenes(count, seed):

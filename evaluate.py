@@ -106,6 +106,9 @@ def load_encoder(args, device):
         raise common.UserError(f"{args.checkpoint}: its encoder does not fit its encoder_config "
                                f"({checkpoints.printable(e, 200)})") from None
     encoder.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    epochs = checkpoint["args"].get("epochs", 0)
+    if checkpoint.get("epoch", epochs) < epochs:
+        common.say(f"{args.checkpoint}: unfinished, epoch {checkpoint['epoch']} of {epochs}")
     if checkpoint["supervised"] and args.baseline != "random":
         common.say(f"{args.checkpoint}: supervised, it learned from labels")
     return encoder, encoder.dim, checkpoint

@@ -9,7 +9,7 @@ as well, and the picture are made of what lies in the runs' folders: what is fin
 again, what was stopped resumes, and experiments share runs. To run one again, delete its folder.
 """
 import contextlib, importlib, itertools, json, math, os, re, shlex, statistics, subprocess
-import sys, time
+import sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
@@ -404,9 +404,10 @@ def report(name, args, runs):
     files = [file for _, commands in runs.values() for _, file in commands if file.exists()]
     day = date.fromtimestamp(max(file.stat().st_mtime for file in files))
     cells = [list(table[0]), ["---"] * len(table[0]), *(list(line.values()) for line in table)]
-    lines = [f"<!-- {key} -->", f"## {key}", "", f"{entry['asks']} Paper: {entry['shows']}.", "",
+    lines = [f"<!-- {key} -->", f"## {key}", "",
+             textwrap.fill(f"{entry['asks']} Paper: {entry['shows']}.", 100), "",
              *("| " + " | ".join(row) + " |" for row in cells), "",
-             f"{order} {entry['note']}".strip(), "",
+             textwrap.fill(f"{order} {entry['note']}", 100), "",
              f"`{shlex.join(['python', 'experiments.py', name, *args.flags])}`, {day}", "",
              f"![{key}]({picture})", f"<!-- end {key} -->"]
     path = Path("EXPERIMENTS.md")

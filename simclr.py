@@ -78,7 +78,96 @@ def augment(x, strength, blur):
         x = common.gaussian_blur(x, p=blur, sigma=(0.1, 2.0), kernel_size=tenth)
     return x
 
-# ------------------------------------------------------------------- other operations (section 3.1)
+# ------------------------------------------------------------------- model (figure 2, section 4.2)
+
+class SimCLR(nn.Module):
+    def __init__(self, arch, stem, head, dim):
+        super().__init__()
+        self.encoder = common.resnet(arch, stem=stem, zero_init=True)
+        self.projector = projector(self.encoder.dim, head, dim)
+
+    def forward(self, x):
+        h = self.encoder(x)                                     # (N, D)
+        return self.projector(h)                                # (N, d)
+
+def projector(dim_in, head, dim):
+    """g of section 4.2: "nonlinear" is W2 relu(W1 h), "linear" W h, "none" gives h to the loss. As
+    in the official code both layers are normalised, the last one without an offset."""
+    if head == "none":
+        return nn.Identity()
+    hidden = nn.Linear(dim_in, dim_in, bias=False)
+    last = nn.Linear(dim_in, dim, bias=False)
+    norm = nn.BatchNorm1d(dim)
+    norm.bias.requires_grad_(False)
+    nn.init.normal_(hidden.weight, std=0.01)
+    nn.init.normal_(last.weight, std=0.01)
+    if head == "linear":
+        return nn.Sequential(last, norm)
+    return nn.Sequential(hidden, nn.BatchNorm1d(dim_in), nn.ReLU(), last, norm)
+
+# ------------------------------------------------------------------- loss (equation 1)
+
+def nt_xent(z1, z2, temperature):
+    """Algorithm 1, a scalar. z1, z2 (N, d): projections of the two views, of any length."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)                 # (2N, d)
+    logits = z @ z.T / temperature                              # (2N, 2N)
+    logits.fill_diagonal_(-math.inf)                            # k != i
+    positive = torch.arange(len(z), device=z.device).roll(len(z1))  # i and i + N are of one image
+    return F.cross_entropy(logits, positive)
+
+# ------------------------------------------------------------------- training (sections 2.2, 2.3)
+
+def learning_rate(step, warmup, total):
+    """As a fraction of the peak: a linear warm-up, then a half cosine to 0."""
+    if step < warmup:
+        return step / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+def train(args, device):
+    data = common.load_data(args.data, args.root, "pretrain", device)
+    crop = common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5, interpolation="bicubic")
+    batches = common.Batches(data, [crop], args.batch_size, args.seed)
+
+    torch.manual_seed(args.seed)
+    model = SimCLR(args.arch, args.stem, args.head, args.dim)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = common.LARS(model.parameters(), args.lr, 0.9, args.weight_decay)
+    run = common.Run(args, model, optimizer, batches, MEAN, STD)
+
+    network = model
+    if common.WORLD_SIZE > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)      # global batch statistics
+    network = common.distribute(network, args.compile)                  # DDP
+
+    peak_lr = args.lr * args.batch_size / 256
+    if args.lr_scaling == "sqrt":
+        peak_lr = args.lr * args.batch_size ** 0.5 / 4                  # B.1
+    warmup = args.warmup_epochs * len(batches)
+
+    for step in range(run.step, run.total):
+        x1, x2 = run.crops(step)
+        lr = peak_lr * learning_rate(step, warmup, run.total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        if args.augment:                                                # figure 5, table 3
+            x = listed_views(x1, x2, crop, args)
+        else:
+            x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
+        x1, x2 = x.chunk(2)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            z = network(x)                                              # (2N / W, d)
+        z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
+        loss = nt_xent(z1, z2, args.temperature)
+        if args.loss != "nt-xent":
+            loss = other_loss(z1, z2, args)                             # tables 4 and 5
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.finish_step(loss, lr, z1, [x1, x2], **for_the_log(z1, z2, loss, args))
+
+# ------------------------------------------------------------------- ablations, sections 3 to 5
 
 def listed_views(x1, x2, crop, args):
     """Both views (2N, 3, S, S) by `--augment`, without "crop" of the same crop. `--asymmetric`: one
@@ -133,45 +222,6 @@ def rotate(x, p=0.5):
 FIGURE_5 = dict(cutout=cutout, sobel=sobel, noise=noise, rotate=rotate)
 OPERATIONS = ["crop", "color", "jitter", "grayscale", "blur", *FIGURE_5]
 
-# ------------------------------------------------------------------- model (figure 2, section 4.2)
-
-class SimCLR(nn.Module):
-    def __init__(self, arch, stem, head, dim):
-        super().__init__()
-        self.encoder = common.resnet(arch, stem=stem, zero_init=True)
-        self.projector = projector(self.encoder.dim, head, dim)
-
-    def forward(self, x):
-        h = self.encoder(x)                                     # (N, D)
-        return self.projector(h)                                # (N, d)
-
-def projector(dim_in, head, dim):
-    """g of section 4.2: "nonlinear" is W2 relu(W1 h), "linear" W h, "none" gives h to the loss. As
-    in the official code both layers are normalised, the last one without an offset."""
-    if head == "none":
-        return nn.Identity()
-    hidden = nn.Linear(dim_in, dim_in, bias=False)
-    last = nn.Linear(dim_in, dim, bias=False)
-    norm = nn.BatchNorm1d(dim)
-    norm.bias.requires_grad_(False)
-    nn.init.normal_(hidden.weight, std=0.01)
-    nn.init.normal_(last.weight, std=0.01)
-    if head == "linear":
-        return nn.Sequential(last, norm)
-    return nn.Sequential(hidden, nn.BatchNorm1d(dim_in), nn.ReLU(), last, norm)
-
-# ------------------------------------------------------------------- loss (equation 1)
-
-def nt_xent(z1, z2, temperature):
-    """Algorithm 1, a scalar. z1, z2 (N, d): projections of the two views, of any length."""
-    z = F.normalize(torch.cat([z1, z2]), dim=1)                 # (2N, d)
-    logits = z @ z.T / temperature                              # (2N, 2N)
-    logits.fill_diagonal_(-math.inf)                            # k != i
-    positive = torch.arange(len(z), device=z.device).roll(len(z1))  # i and i + N are of one image
-    return F.cross_entropy(logits, positive)
-
-# ------------------------------------------------------------------- other losses (tables 2, 4, 5)
-
 def nt_logistic(z1, z2, temperature, semi_hard=False):
     """Table 2, a scalar, the mean over triples: u a first view, v+ the second view of the same
     image, v- that of another. z1, z2 (N, d): projections, of any length."""
@@ -217,57 +267,6 @@ def for_the_log(z1, z2, loss, args):
     if args.loss in ("nt-xent", "unnormalized"):
         entries["bound"] = math.log(2 * args.batch_size - 1) - loss
     return entries
-
-# ------------------------------------------------------------------- training (sections 2.2, 2.3)
-
-def learning_rate(step, warmup, total):
-    """As a fraction of the peak: a linear warm-up, then a half cosine to 0."""
-    if step < warmup:
-        return step / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-
-def train(args, device):
-    data = common.load_data(args.data, args.root, "pretrain", device)
-    crop = common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5, interpolation="bicubic")
-    batches = common.Batches(data, [crop], args.batch_size, args.seed)
-
-    torch.manual_seed(args.seed)
-    model = SimCLR(args.arch, args.stem, args.head, args.dim)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = common.LARS(model.parameters(), args.lr, 0.9, args.weight_decay)
-    run = common.Run(args, model, optimizer, batches, MEAN, STD)
-
-    network = model
-    if common.WORLD_SIZE > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)      # global batch statistics
-    network = common.distribute(network, args.compile)                  # DDP
-
-    peak_lr = args.lr * args.batch_size / 256
-    if args.lr_scaling == "sqrt":
-        peak_lr = args.lr * args.batch_size ** 0.5 / 4                  # B.1
-    warmup = args.warmup_epochs * len(batches)
-
-    for step in range(run.step, run.total):
-        x1, x2 = run.crops(step)
-        lr = peak_lr * learning_rate(step, warmup, run.total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        x = augment(torch.cat([x1, x2]), args.color_strength, args.blur)
-        if args.augment:
-            x = listed_views(x1, x2, crop, args)                        # figure 5, table 3
-        x1, x2 = x.chunk(2)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = network(x)                                              # (2N / W, d)
-        z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
-        loss = nt_xent(z1, z2, args.temperature)
-        if args.loss != "nt-xent":
-            loss = other_loss(z1, z2, args)                             # tables 4 and 5
-
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        run.finish_step(loss, lr, z1, [x1, x2], **for_the_log(z1, z2, loss, args))
 
 # ------------------------------------------------------------------- flags
 

@@ -135,7 +135,7 @@ def insdis(ax):
     end = p.branch(MIDDLE, "$x$", ["f", "g"])
     p.arrow((end, MIDDLE), (0.98, MIDDLE))
     p.loss(1.05)
-    p.rows(1.34, MIDDLE, "#b5c9d6", highlight=3, label="memory bank")
+    p.rows(1.34, MIDDLE, "#b5c9d6", highlight=3, label="memory")
     p.arrow((1.26, MIDDLE), (1.12, MIDDLE))
     p.ax.annotate("", (1.34, 0.6), (0.7, 0.56), arrowprops=dict(
         arrowstyle="-|>", color=GREY, linestyle="--", mutation_scale=8,
@@ -179,7 +179,8 @@ def swav(ax):
     for y, image in ((TOP, "$x_1$"), (BOTTOM, "$x_2$")):
         end = p.branch(y, image, ["f", "g"])
         p.arrow((end, y), (0.72, MIDDLE + (0.04 if y == TOP else -0.04)))
-    p.rows(0.8, MIDDLE, "#cdb4db", 6, label="prototypes")
+    p.rows(0.8, MIDDLE, "#cdb4db", 6)
+    p.text(0.98, MIDDLE, "prototypes", fontsize=7)
     p.arrow((0.89, MIDDLE + 0.04), (1.05, TOP - 0.02))
     p.arrow((0.89, MIDDLE - 0.04), (1.0, BOTTOM + 0.02))
     p.text(1.13, TOP, "softmax")
@@ -196,7 +197,7 @@ def deepcluster(ax):
     p.rows(0.88, TOP, "#cdb4db", 5, label="centroids")
     p.arrow((0.98, TOP), (1.2, TOP - 0.08))
     p.rows(0.4, BOTTOM, "#b5c9d6", 5, label="memory of all z")
-    p.arrow((0.5, BOTTOM), (0.78, BOTTOM))
+    p.arrow((0.5, BOTTOM), (0.74, BOTTOM))
     p.text(0.88, BOTTOM, "k-means")
     p.arrow((0.88, BOTTOM + 0.05), (0.88, TOP - 0.17))
     p.arrow((1.0, BOTTOM), (1.23, MIDDLE - 0.0))
@@ -221,6 +222,7 @@ def cpc(ax):
     p.text(1.04, 0.4, "predicted\nrows below", ha="left")
     p.arrow((0.83, 0.58), (0.83, 0.42))
     p.loss(1.43, 0.53)
+    p.arrow((1.04, 0.53), (1.36, 0.53))
 
 def draw_methods():
     panels = [simclr, simsiam, byol, moco, densecl, mixture, swav, deepcluster, insdis, cmc, cpc]

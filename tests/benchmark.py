@@ -13,7 +13,7 @@ libraries take part where they are installed: pip install lightly; pip install s
     augmentation, log and checkpoints: forward, loss, backward and optimizer. A ResNet-18 as for
     CIFAR, on a CPU, or the GPU where there is one. The goal is 1.05 on a CPU, 1.15 on a GPU; for
     CPC v2, which augments 49 patches an image, 1.15 on both.
-(d) Memory a GPU of the recipe `imagenet` on 8 GPUs, reckoned from one and from two images on the
+(d) Memory a GPU of the recipe `imagenet` on 8 GPUs, estimated from one and from two images on the
     CPU: parameters, gradients, optimizer and buffers, and what autograd keeps for the backward
     pass, in bf16, for the images of one GPU. Without the logits of the whole batch, the
     workspaces of convolutions, and what is kept only while an operation runs. Not part of a run
@@ -294,7 +294,7 @@ def memory(script):
     common.load_data = lambda *_: data
     used = []
     try:
-        for batch in (1, 2) if script.__name__ == "cpc_v2" else (2, 4):
+        for batch in (2, 3) if script.__name__ == "cpc_v2" else (2, 4):
             flags = ["--recipe", "imagenet", "--precision", "bf16", "--batch-size", str(batch)]
             for name in ("queue_size", "bn_splits"):
                 if name in script.RECIPES["imagenet"]:

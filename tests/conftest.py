@@ -120,6 +120,25 @@ def two_processes(check):
     result = start_two_processes()
     assert result.stdout.count(f"{check}: equal") == 2, result.stderr
 
+@pytest.fixture
+def few_labelled(monkeypatch):
+    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
+    draw = common.draw_shapes
+    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
+    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
+    common.load_data.cache_clear()
+    yield
+    common.load_data.cache_clear()
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Runs see 100 images without labels and draw no curves, which saves seconds."""
+    images, _, _ = common.draw_shapes(100, 1)
+    data = common.Images(images, None, "cpu")
+    monkeypatch.setattr(common, "load_data", lambda *_: data)
+    monkeypatch.setattr(common, "has_labels", lambda _: False)
+    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """That of a short SimCLR run."""

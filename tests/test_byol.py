@@ -11,19 +11,9 @@ import byol
 import common
 from conftest import logged, mistake, tiny, train, two_processes, watch
 
-# With `few_images` an epoch has 10 steps.
+# With `few_labelled` an epoch has 10 steps.
 RUN = [*tiny("byol"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0",
        "--dim", "16", "--hidden", "32"]
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
-    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
-    common.load_data.cache_clear()
-    yield
-    common.load_data.cache_clear()
 
 # ------------------------------------------------------------------- loss
 
@@ -137,7 +127,7 @@ def test_without_the_grey_views():
 
 # ------------------------------------------------------------------- whole runs
 
-def test_order_of_a_step(few_images, tmp_path, monkeypatch):
+def test_order_of_a_step(few_labelled, tmp_path, monkeypatch):
     """Each prediction meets the target's projection of the other view; the two losses are added."""
     calls = watch(monkeypatch, (byol.BYOL, "forward"), (byol, "regression_loss"),
                   (common.LARS, "step"), (byol.BYOL, "update_target"))
@@ -152,7 +142,7 @@ def test_order_of_a_step(few_images, tmp_path, monkeypatch):
     assert logged(tmp_path, "loss") == pytest.approx(sums, abs=1e-5)
     assert 3 < sums[0] < 5                                      # about 4 at the start
 
-def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
+def test_loss_is_float32_in_a_bf16_run(few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (byol.BYOL, "forward"), (byol, "regression_loss"))
     train(byol, *RUN, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
     _, _, (p1, *_) = calls[0]
@@ -160,7 +150,7 @@ def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
     assert p1.dtype == torch.bfloat16
     assert p.dtype == z.dtype == loss.dtype == torch.float32
 
-def test_target_follows_the_new_weights_with_a_momentum_that_rises_to_1(few_images, tmp_path,
+def test_target_follows_the_new_weights_with_a_momentum_that_rises_to_1(few_labelled, tmp_path,
                                                                         monkeypatch):
     momenta = []
     weights = []                # of the online encoder, at each update
@@ -186,7 +176,7 @@ def test_target_follows_the_new_weights_with_a_momentum_that_rises_to_1(few_imag
     assert not torch.equal(weights[0], start.encoder.conv1.weight)      # the step came first
 
 @pytest.mark.parametrize("ema_momentum", [0, 1])
-def test_targets_that_follow_at_once_or_never(ema_momentum, few_images, tmp_path):
+def test_targets_that_follow_at_once_or_never(ema_momentum, few_labelled, tmp_path):
     """Table 5a."""
     flags = [*RUN, "--epochs", 1, "--ema-momentum", ema_momentum, "--lr", 2]
     train(byol, *flags, "--output", tmp_path)
@@ -198,7 +188,7 @@ def test_targets_that_follow_at_once_or_never(ema_momentum, few_images, tmp_path
     assert torch.equal(target, saved["encoder.conv1.weight"]) == (ema_momentum == 0)
     assert torch.equal(target, start["encoder.conv1.weight"]) == (ema_momentum == 1)
 
-def test_rate_warms_up_from_0_and_falls_on_a_cosine(few_images, tmp_path):
+def test_rate_warms_up_from_0_and_falls_on_a_cosine(few_labelled, tmp_path):
     train(byol, *RUN, "--epochs", 2, "--warmup-epochs", 1, "--lr", 2, "--output", tmp_path)
     peak = 2 * 40 / 256
     expected = [peak * step / 10 for step in range(10)]

@@ -12,7 +12,6 @@ import common
 import insdis
 from conftest import logged, mistake, tiny, train, watch
 from test_insdis import drawn_rows, nce_by_loops, random_scores, softmax_by_loops
-from test_moco import few_images
 
 SMALL = [*tiny("cmc"), "--dim", "16", "--batch-size", "20", "--epochs", "1"]             # 5 steps
 NCE = ["--loss", "nce", "--negatives", "30"]

@@ -254,10 +254,12 @@ def test_batches_are_a_function_of_seed_step_and_rank(monkeypatch):
 
 def test_a_batch_that_cannot_be_names_one_that_can(monkeypatch):
     data = common.Images(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), None, "cpu")
-    with pytest.raises(common.UserError, match="more than the 100 images.*--batch-size 16 fits"):
+    with pytest.raises(common.UserError, match="at most the 100 .*--batch-size 16 fits"):
         common.Batches(data, [], 101, 0)
+    with pytest.raises(common.UserError, match="at least 2 images.*--batch-size 2 fits"):
+        common.Batches(data, [], 1, 0)              # of which batch statistics say nothing
     monkeypatch.setattr(common, "WORLD_SIZE", 3)
-    with pytest.raises(common.UserError, match="multiple of 3 processes; --batch-size 9 fits"):
+    with pytest.raises(common.UserError, match="each of 3 processes.*--batch-size 9 fits"):
         common.Batches(data, [], 10, 0)
 
 # ------------------------------------------------------------------- networks

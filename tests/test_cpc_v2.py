@@ -15,7 +15,6 @@ from torchvision.transforms.v2 import functional as TF
 import common
 import cpc_v2
 from conftest import logged, mistake, tiny, train, two_processes, watch
-from test_moco import few_images
 
 SMALL = [*tiny("cpc_v2"), "--batch-size", "20"]         # 3 x 3 patches of 8 pixels, 5 steps
 LEVEL = 1 / 255                                         # one of 256 grey levels

@@ -13,20 +13,10 @@ import common
 import deepcluster
 from conftest import logged, mistake, tiny, train, two_processes, watch
 
-# With `few_images` an epoch has 10 steps; 3 crops an image in version 2; 12 clusters.
+# With `few_labelled` an epoch has 10 steps; 3 crops an image in version 2; 12 clusters.
 RUN = [*tiny("deepcluster"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0",
        "--small-crops", "1", "--epochs", "2"]
 RUN_1 = [*RUN, "--version", "1", "--small-crops", "0"]
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
-    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
-    common.load_data.cache_clear()
-    yield
-    common.load_data.cache_clear()
 
 def unit(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
@@ -334,7 +324,7 @@ def note_clusterings(monkeypatch, name):
     monkeypatch.setattr(deepcluster.DeepCluster, name, noting)
     return notes
 
-def test_order_of_version_2(few_images, tmp_path, monkeypatch):
+def test_order_of_version_2(few_labelled, tmp_path, monkeypatch):
     """A pass over the images fills the memory; every epoch begins with the clustering; embeddings
     are remembered after they were scored."""
     notes = note_clusterings(monkeypatch, "cluster")
@@ -363,7 +353,7 @@ def test_order_of_version_2(few_images, tmp_path, monkeypatch):
     clusters = [len(assignments[0][assignments[0] >= 0].unique()) for assignments, _, _ in notes]
     assert logged(tmp_path, "empty") == [12 - count for count in clusters for _ in range(10)]
 
-def test_prototypes_do_not_learn(few_images, tmp_path, monkeypatch):
+def test_prototypes_do_not_learn(few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (deepcluster, "spherical_kmeans"))
     train(deepcluster, *RUN, "--epochs", 1, "--output", tmp_path)
     end = common.read_checkpoint(tmp_path / "checkpoint.pt")["model"]["prototypes"]
@@ -371,7 +361,7 @@ def test_prototypes_do_not_learn(few_images, tmp_path, monkeypatch):
     for head, (_, _, (centroids, _)) in enumerate(calls):
         assert torch.equal(end[head], centroids)
 
-def test_order_of_version_1(few_images, tmp_path, monkeypatch):
+def test_order_of_version_1(few_labelled, tmp_path, monkeypatch):
     """Every epoch begins with the features of all images and their clusters, which are the labels
     of a cross entropy."""
     notes = note_clusterings(monkeypatch, "cluster")
@@ -395,7 +385,7 @@ def test_order_of_version_1(few_images, tmp_path, monkeypatch):
     by_step = [value for value in nmi for _ in range(10)]
     assert logged(tmp_path, "nmi") == pytest.approx(by_step, abs=1e-4)
 
-def test_every_epoch_of_version_1_has_another_classifier(few_images, tmp_path, monkeypatch):
+def test_every_epoch_of_version_1_has_another_classifier(few_labelled, tmp_path, monkeypatch):
     notes = note_clusterings(monkeypatch, "cluster")
     train(deepcluster, *RUN_1, "--output", tmp_path)
     (_, _, first), (_, _, second) = notes
@@ -414,7 +404,7 @@ def test_two_processes_have_the_same_classifier_in_version_1():
     two_processes("version_1")
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_loss_is_float32_in_a_bf16_run(version, few_images, tmp_path, monkeypatch):
+def test_loss_is_float32_in_a_bf16_run(version, few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (common.ResNet, "forward"), (F, "cross_entropy"))
     train(deepcluster, *RUN, "--version", version, "--epochs", 1, "--precision", "bf16",
           "--output", tmp_path)
@@ -423,7 +413,7 @@ def test_loss_is_float32_in_a_bf16_run(version, few_images, tmp_path, monkeypatc
     losses = [call for call in calls if call[0] == "cross_entropy"]
     assert losses[0][1][0].dtype == losses[0][2].dtype == torch.float32
 
-def test_rate_starts_at_a_sixteenth_and_ends_above_0(few_images, tmp_path):
+def test_rate_starts_at_a_sixteenth_and_ends_above_0(few_labelled, tmp_path):
     train(deepcluster, *RUN, "--warmup-epochs", 1, "--lr", 0.016, "--output", tmp_path)
     peak = 0.016 * 40 / 256
     expected = [peak * (1 + 15 * step / 10) / 16 for step in range(10)]

@@ -11,7 +11,7 @@ import common
 import densecl
 import moco
 from conftest import logged, mistake, tiny, train, watch
-from test_moco import dot, few_images, unit
+from test_moco import dot, unit
 
 SMALL = [*tiny("densecl"), "--batch-size", "20", "--queue-size", "60", "--epochs", "1"] # 5 steps
 

@@ -9,7 +9,6 @@ import common
 import image_mixture
 import moco
 from conftest import mistake, tiny, train, watch
-from test_moco import few_images
 
 SMALL = [*tiny("image_mixture"), "--batch-size", "20", "--queue-size", "60", "--epochs", "1"]
 

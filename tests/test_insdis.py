@@ -9,7 +9,6 @@ import torch.nn.functional as F
 import common
 import insdis
 from conftest import logged, mistake, tiny, train, two_processes, watch
-from test_moco import few_images
 
 SMALL = [*tiny("insdis"), "--dim", "16", "--batch-size", "20", "--epochs", "1"]         # 5 steps
 NCE = ["--loss", "nce", "--negatives", "30"]

@@ -13,15 +13,6 @@ from conftest import logged, mistake, tiny, train, two_processes, watch
 
 SMALL = [*tiny("moco"), "--batch-size", "20", "--queue-size", "60", "--epochs", "1"]    # 5 steps
 
-@pytest.fixture
-def few_images(monkeypatch):
-    """Runs see 100 images without labels and draw no curves, which saves seconds."""
-    images, _, _ = common.draw_shapes(100, 1)
-    data = common.Images(images, None, "cpu")
-    monkeypatch.setattr(common, "load_data", lambda *_: data)
-    monkeypatch.setattr(common, "has_labels", lambda _: False)
-    monkeypatch.setattr(common, "draw_curves", lambda *_: None)
-
 def unit(*shape):
     """Random vectors of unit length, float64."""
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)

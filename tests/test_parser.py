@@ -80,5 +80,5 @@ def test_a_batch_larger_than_the_data_names_one_that_fits(method, tmp_path):
     if method in ("moco", "densecl", "image_mixture"):
         flags += ["--queue-size", 5120]
     message = mistake(script, *flags)
-    assert "more than the 5000 images" in message
+    assert "at most the 5000 that there are" in message
     assert "--batch-size 1024 fits" in message

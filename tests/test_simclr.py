@@ -11,18 +11,8 @@ import common
 import simclr
 from conftest import logged, mistake, run, tiny, train, two_processes, watch
 
-# With `few_images` an epoch has 10 steps.
+# With `few_labelled` an epoch has 10 steps.
 RUN = [*tiny("simclr"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0"]
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
-    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
-    common.load_data.cache_clear()
-    yield
-    common.load_data.cache_clear()
 
 # ------------------------------------------------------------------- loss
 
@@ -275,13 +265,13 @@ def test_views_of_figure_5(flags, same):
     ["--augment", "crop,cutout,color,sobel,noise,blur,rotate"], ["--loss", "margin", "--semi-hard"],
     ["--asymmetric", "--augment", "crop,color"], ["--loss", "nt-logistic"],
     ["--loss", "unnormalized", "--temperature", "10"]])
-def test_runs_of_the_experiments(flags, few_images, tmp_path):
+def test_runs_of_the_experiments(flags, few_labelled, tmp_path):
     train(simclr, *RUN, *flags, "--epochs", 1, "--output", tmp_path)
     assert len(logged(tmp_path, "loss")) == 10
     assert all(0 <= accuracy <= 100 for accuracy in logged(tmp_path, "contrast_accuracy"))
     assert all(0 <= entropy <= math.log(40) for entropy in logged(tmp_path, "contrast_entropy"))
 
-def test_order_of_a_step(few_images, tmp_path, monkeypatch):
+def test_order_of_a_step(few_labelled, tmp_path, monkeypatch):
     """Both views go through the network in one pass; then the loss, then the step."""
     calls = watch(monkeypatch, (simclr.SimCLR, "forward"), (simclr, "nt_xent"),
                   (common.LARS, "step"))
@@ -292,7 +282,7 @@ def test_order_of_a_step(few_images, tmp_path, monkeypatch):
     assert x.shape == (80, 3, 8, 8) and temperature == 0.3
     assert torch.equal(torch.cat([z1, z2]), z)
 
-def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
+def test_loss_is_float32_in_a_bf16_run(few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (simclr.SimCLR, "forward"), (simclr, "nt_xent"))
     train(simclr, *RUN, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
     _, _, z = calls[0]
@@ -300,7 +290,7 @@ def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
     assert z.dtype == torch.bfloat16
     assert z1.dtype == z2.dtype == loss.dtype == torch.float32
 
-def test_loss_bound_and_rate_in_the_log(few_images, tmp_path):
+def test_loss_bound_and_rate_in_the_log(few_labelled, tmp_path):
     train(simclr, *RUN, "--warmup-epochs", 1, "--lr", 2, "--output", tmp_path)
     losses = logged(tmp_path, "loss")
     assert losses[0] == pytest.approx(math.log(79), abs=0.3)
@@ -312,7 +302,7 @@ def test_loss_bound_and_rate_in_the_log(few_images, tmp_path):
     rates += [peak * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
     assert logged(tmp_path, "lr") == pytest.approx(rates) and rates[0] == 0
 
-def test_rate_by_the_square_root_of_the_batch(few_images, tmp_path):
+def test_rate_by_the_square_root_of_the_batch(few_labelled, tmp_path):
     train(simclr, *RUN, "--epochs", 1, "--warmup-epochs", 0, "--lr", 0.3, "--lr-scaling", "sqrt",
           "--output", tmp_path)
     assert logged(tmp_path, "lr")[0] == pytest.approx(0.075 * math.sqrt(40))    # B.1

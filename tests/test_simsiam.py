@@ -10,19 +10,9 @@ import common
 import simsiam
 from conftest import logged, mistake, tiny, train, two_processes, watch
 
-# With `few_images` an epoch has 10 steps.
+# With `few_labelled` an epoch has 10 steps.
 RUN = [*tiny("simsiam"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0",
        "--dim", "64", "--hidden", "16"]
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
-    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
-    common.load_data.cache_clear()
-    yield
-    common.load_data.cache_clear()
 
 # ------------------------------------------------------------------- loss
 
@@ -137,7 +127,7 @@ def test_each_view_has_its_own_batch_statistics():
 
 # ------------------------------------------------------------------- whole runs
 
-def test_order_of_a_step(few_images, tmp_path, monkeypatch):
+def test_order_of_a_step(few_labelled, tmp_path, monkeypatch):
     """Each prediction meets the projection of the other view, and the loss is their mean."""
     calls = watch(monkeypatch, (simsiam.SimSiam, "forward"), (simsiam, "negative_cosine"),
                   (common.LARS, "step"))
@@ -154,7 +144,7 @@ def test_order_of_a_step(few_images, tmp_path, monkeypatch):
     assert logged(tmp_path, "loss") == pytest.approx(means, abs=1e-6)
     assert abs(means[0]) < 0.3                                  # near 0 at the start
 
-def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
+def test_loss_is_float32_in_a_bf16_run(few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (simsiam.SimSiam, "forward"), (simsiam, "negative_cosine"))
     train(simsiam, *RUN, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
     _, _, (p1, *_) = calls[0]
@@ -175,7 +165,7 @@ def rates_of_groups(monkeypatch, optimizer):
     return rates
 
 @pytest.mark.parametrize("kind", ["trained", "decayed", "fixed", "none"])
-def test_kinds_of_predictor(kind, few_images, tmp_path, monkeypatch):
+def test_kinds_of_predictor(kind, few_labelled, tmp_path, monkeypatch):
     """Section 4.2: the predictor keeps its rate while the rest follows the cosine, or its rate
     decays as well, or it stays as it was drawn, or there is none."""
     rates = rates_of_groups(monkeypatch, torch.optim.SGD)
@@ -198,7 +188,7 @@ def test_kinds_of_predictor(kind, few_images, tmp_path, monkeypatch):
     assert moved == {"fixed": [False] * 5, "none": []}.get(kind, [True] * 5)
     assert not torch.equal(end["encoder.conv1.weight"], start.encoder.conv1.weight)
 
-def test_asymmetric_loss(few_images, tmp_path, monkeypatch):
+def test_asymmetric_loss(few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (simsiam.SimSiam, "forward"), (simsiam, "negative_cosine"))
     train(simsiam, *RUN, "--epochs", 1, "--asymmetric", "--output", tmp_path)
     assert [name for name, _, _ in calls] == ["forward", "negative_cosine"] * 10
@@ -207,7 +197,7 @@ def test_asymmetric_loss(few_images, tmp_path, monkeypatch):
     losses = [loss.item() for name, _, loss in calls if name == "negative_cosine"]
     assert logged(tmp_path, "loss") == pytest.approx(losses)
 
-def test_alternating_optimisation(few_images, tmp_path):
+def test_alternating_optimisation(few_labelled, tmp_path):
     """Targets of one step's age at most are SimSiam; older ones are not, and are in the checkpoint,
     by which a run resumes between two updates."""
     losses = {}
@@ -221,7 +211,7 @@ def test_alternating_optimisation(few_images, tmp_path):
     message = mistake(simsiam, "--alternate", 4, "--no-stop-gradient", "--output", tmp_path / "5")
     assert "--alternate 4" in message
 
-def test_rate_warms_up_from_0(few_images, tmp_path):
+def test_rate_warms_up_from_0(few_labelled, tmp_path):
     train(simsiam, *RUN, "--epochs", 2, "--warmup-epochs", 1, "--lr", 2, "--output", tmp_path)
     peak = 2 * 40 / 256
     expected = [peak * step / 10 for step in range(10)]

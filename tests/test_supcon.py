@@ -12,18 +12,8 @@ import simclr
 import supcon
 from conftest import logged, mistake, tiny, train, two_processes, watch
 
-# With `few_images` an epoch has 10 steps.
+# With `few_labelled` an epoch has 10 steps.
 RUN = [*tiny("supcon"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0", "--dim", "16"]
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
-    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
-    common.load_data.cache_clear()
-    yield
-    common.load_data.cache_clear()
 
 # ------------------------------------------------------------------- loss
 
@@ -116,7 +106,7 @@ def test_model_is_the_papers():
     assert model(torch.rand(4, 3, 8, 8)).shape == (4, 16)
 
 @pytest.mark.parametrize("positives", ["out", "in"])
-def test_labels_are_those_of_the_batch(positives, few_images, tmp_path, monkeypatch, capsys):
+def test_labels_are_those_of_the_batch(positives, few_labelled, tmp_path, monkeypatch, capsys):
     calls = watch(monkeypatch, (common.Batches, "indices"), (supcon.SupCon, "forward"),
                   (supcon, "supervised_contrastive"))
     train(supcon, *RUN, "--epochs", 1, "--positives", positives, "--output", tmp_path)
@@ -133,7 +123,7 @@ def test_labels_are_those_of_the_batch(positives, few_images, tmp_path, monkeypa
     expected = [loss.item() for _, _, loss in losses]
     assert logged(tmp_path, "loss") == pytest.approx(expected, abs=1e-6)
 
-def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
+def test_loss_is_float32_in_a_bf16_run(few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (supcon.SupCon, "forward"), (supcon, "supervised_contrastive"))
     train(supcon, *RUN, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
     _, _, z = calls[0]
@@ -141,7 +131,7 @@ def test_loss_is_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
     assert z.dtype == torch.bfloat16
     assert z1.dtype == z2.dtype == loss.dtype == torch.float32
 
-def test_rate_warms_up_from_0_and_ends_above_0(few_images, tmp_path):
+def test_rate_warms_up_from_0_and_ends_above_0(few_labelled, tmp_path):
     train(supcon, *RUN, "--epochs", 2, "--warmup-epochs", 1, "--lr", 0.5, "--optimizer", "sgd",
           "--output", tmp_path)
     peak = 0.5 * 40 / 256

@@ -11,19 +11,9 @@ import common
 import swav
 from conftest import logged, mistake, run, tiny, train, two_processes, watch
 
-# With `few_images` an epoch has 10 steps; 3 crops an image, 12 prototypes.
+# With `few_labelled` an epoch has 10 steps; 3 crops an image, 12 prototypes.
 RUN = [*tiny("swav"), "--batch-size", "40", "--log-every", "1", "--knn-every", "0",
        "--small-crops", "1", "--epochs", "2"]
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """A run has 416 images instead of 5000 and draws no curves: it takes a second."""
-    draw = common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda n, seed: draw(n // 12, seed))
-    monkeypatch.setattr(common, "draw_curves", lambda runs, path: None)
-    common.load_data.cache_clear()
-    yield
-    common.load_data.cache_clear()
 
 # ------------------------------------------------------------------- codes
 
@@ -145,7 +135,7 @@ def test_crops_of_one_size_go_through_the_encoder_together(monkeypatch):
 
 # ------------------------------------------------------------------- whole runs
 
-def test_order_of_a_step(few_images, tmp_path, monkeypatch):
+def test_order_of_a_step(few_labelled, tmp_path, monkeypatch):
     """Prototypes are normalised first; every code is that of one large crop and is predicted from
     all other crops; the log has the entropy of the mean code."""
     calls = watch(monkeypatch, (swav.SwAV, "normalize_prototypes"), (swav.SwAV, "forward"),
@@ -169,7 +159,7 @@ def test_order_of_a_step(few_images, tmp_path, monkeypatch):
     assert logged(tmp_path, "code_entropy") == pytest.approx(entropies, abs=1e-4)
     assert max(entropies) <= math.log(12) + 1e-6
 
-def test_codes_and_loss_are_float32_in_a_bf16_run(few_images, tmp_path, monkeypatch):
+def test_codes_and_loss_are_float32_in_a_bf16_run(few_labelled, tmp_path, monkeypatch):
     calls = watch(monkeypatch, (common.ResNet, "forward"), (swav, "sinkhorn"),
                   (swav, "swapped_prediction"))
     train(swav, *RUN, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
@@ -192,7 +182,7 @@ def note_prototypes(monkeypatch):
     return prototypes
 
 @pytest.mark.parametrize("optimizer,lr", [("adamw", 0.5), ("larc", 50)])
-def test_prototypes_are_frozen_at_first(optimizer, lr, few_images, tmp_path, monkeypatch):
+def test_prototypes_are_frozen_at_first(optimizer, lr, few_labelled, tmp_path, monkeypatch):
     """For 5 steps neither a gradient nor weight decay moves them."""
     prototypes = note_prototypes(monkeypatch)
     train(swav, *RUN, "--epochs", 1, "--freeze-epochs", 0.5, "--warmup-epochs", 0,
@@ -205,7 +195,7 @@ def test_prototypes_are_frozen_at_first(optimizer, lr, few_images, tmp_path, mon
         assert not torch.allclose(prototypes[step], prototypes[step - 1], atol=1e-5)
         assert (prototypes[step].norm(dim=1) - 1).abs().max() < 1e-6
 
-def test_queue_is_filled_from_its_step_newest_first_and_used_once_full(few_images, tmp_path,
+def test_queue_is_filled_from_its_step_newest_first_and_used_once_full(few_labelled, tmp_path,
                                                                        monkeypatch):
     """The recipe starts it after 1 epoch of 10 steps. 100 rows become 2 batches of 40: steps 10 and
     11 fill it, step 12 is the first to use it, with the prototypes of the moment."""
@@ -243,7 +233,7 @@ def test_queue_of_two_processes_holds_the_batches_of_both(tmp_path):
     assert (queue.norm(dim=2) - 1).abs().max() < 1e-5
     assert len(queue[0].unique(dim=0)) == 1000
 
-def test_rate_starts_at_a_sixteenth_and_ends_above_0(few_images, tmp_path):
+def test_rate_starts_at_a_sixteenth_and_ends_above_0(few_labelled, tmp_path):
     train(swav, *RUN, "--warmup-epochs", 1, "--lr", 0.016, "--output", tmp_path)
     peak = 0.016 * 40 / 256
     expected = [peak * (1 + 15 * step / 10) / 16 for step in range(10)]
