@@ -180,7 +180,7 @@ def swav(ax):
         end = p.branch(y, image, ["f", "g"])
         p.arrow((end, y), (0.72, MIDDLE + (0.04 if y == TOP else -0.04)))
     p.rows(0.8, MIDDLE, "#cdb4db", 6)
-    p.text(0.98, MIDDLE, "prototypes", fontsize=7)
+    p.text(0.86, MIDDLE + 0.14, "prototypes", fontsize=7)
     p.arrow((0.89, MIDDLE + 0.04), (1.05, TOP - 0.02))
     p.arrow((0.89, MIDDLE - 0.04), (1.0, BOTTOM + 0.02))
     p.text(1.13, TOP, "softmax")

@@ -53,7 +53,7 @@ def untrained(method, folder):
         mean, std = cpc_v2.MEAN, cpc_v2.STD
     encoder(torch.rand(50, 3, args.size, args.size))            # running statistics of its own
     torch.save(dict(
-        method=method.__name__, args=vars(args), epoch=0, step=0, encoder=encoder.state_dict(),
+        method=method.__name__, args=vars(args), epoch=args.epochs, step=0, encoder=encoder.state_dict(),
         encoder_config=encoder.config, model=model.state_dict(), optimizer={},
         input=dict(size=args.size, mean=list(mean), std=list(std), interpolation="bilinear"),
     ), folder / "checkpoint.pt")
@@ -74,6 +74,13 @@ def test_the_encoder_is_the_one_that_was_saved(method, tmp_path):
     assert dim == encoder.dim == encoder(x).shape[1] and checkpoint["args"]["data"] == "shapes"
     assert torch.allclose(encoder(x), saved.eval()(x), rtol=1e-3, atol=1e-5)
     assert not any(w.requires_grad for w in encoder.parameters()) and not encoder.training
+
+def test_an_unfinished_run_is_named(cpc_checkpoint, tmp_path, capsys):
+    saved = torch.load(cpc_checkpoint)
+    saved["epoch"] = 0
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    load_encoder("knn", tmp_path)
+    assert "unfinished, epoch 0 of 1" in capsys.readouterr().err
 
 def test_a_file_of_another_project_needs_data(tmp_path):
     torch.manual_seed(0)
