@@ -53,7 +53,8 @@ def untrained(method, folder):
         mean, std = cpc_v2.MEAN, cpc_v2.STD
     encoder(torch.rand(50, 3, args.size, args.size))            # running statistics of its own
     torch.save(dict(
-        method=method.__name__, args=vars(args), epoch=args.epochs, step=0, encoder=encoder.state_dict(),
+        method=method.__name__, args=vars(args), epoch=args.epochs, step=0,
+        encoder=encoder.state_dict(),
         encoder_config=encoder.config, model=model.state_dict(), optimizer={},
         input=dict(size=args.size, mean=list(mean), std=list(std), interpolation="bilinear"),
     ), folder / "checkpoint.pt")
