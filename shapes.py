@@ -1,8 +1,8 @@
 """The embedded data set: ten classes of textured silhouettes, drawn by numpy from a seed.
 
 A class is a silhouette that carries its own texture. What varies besides is what augmentation
-removes: one tint an image, polarity, contrast, brightness, place, size, tilt, shading and pixel
-noise. What two views of an image share is thus the class, and little else.
+removes: one pale tint an image, contrast, place, size, tilt and pixel noise. What two views of an
+image share is thus the class, and little else.
 
 Geometry is float64 with + - * / and sqrt alone, which every CPU rounds alike: labels and boxes are
 the same on every machine, pixels within 1 (of 255).
@@ -125,15 +125,12 @@ def _halve(a):
 
 def _color(light, seed):
     """(count, size, size) in 0..1 -> images (count, 3, size, size) uint8, each with its own
-    polarity, contrast, brightness, shading, tint and noise."""
+    contrast, tint and noise."""
     count, size, _ = light.shape
     generator = np.random.default_rng([seed, 1])
-    u = generator.random((6, count, 1, 1), np.float32)
-    light = np.where(u[0] < 0.5, 1 - light, light)
-    shading = generator.random((count, 2, 2), np.float32)
-    shading = shading.repeat(size // 2, 1).repeat(size // 2, 2) * 2 - 1
-    light = 0.1 + 0.8 * light * (0.4 + 0.6 * u[1]) + 0.15 * shading
-    tint = 1 - 0.95 * u[2:5]                            # a random hue and saturation,
+    u = generator.random((4, count, 1, 1), np.float32)
+    light = 0.1 + 0.8 * light * (0.4 + 0.6 * u[0])
+    tint = 1 - 0.5 * u[1:]                              # a random hue and a low saturation,
     tint = (tint / tint.max(0)).swapaxes(0, 1)          # the brightest channel 1: (count, 3, 1, 1)
     images = np.empty((count, 3, size, size), np.uint8)
     for i in np.array_split(np.arange(count), max(1, count // 500)):
