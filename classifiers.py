@@ -158,6 +158,32 @@ def linear_layer(dim, classes, std=0.0):
     nn.init.zeros_(layer.bias)
     return layer
 
+def read_projector(path, checkpoint):
+    """g of a checkpoint of ours, from h (n, D) to z (n, d), frozen, in eval mode. Its layers are
+    known from their tensors; a number without any is a ReLU. Raises UserError where there is no
+    projector of such layers."""
+    state = {name.removeprefix("projector."): value for name, value in checkpoint["model"].items()
+             if name.startswith("projector.")}
+    if "weight" in state:                                       # one layer, no Sequential
+        state = {f"0.{name}": value for name, value in state.items()}
+    numbers = [name.split(".")[0] for name in state]
+    if not state or not checkpoint["args"] or not all(map(str.isdigit, numbers)):
+        raise common.UserError(f"{path}: has no projector, from h to z, that one of these scripts "
+                               "trained")
+    layers = []
+    for i in range(max(map(int, numbers)) + 1):
+        weight = state.get(f"{i}.weight")
+        if f"{i}.running_mean" in state:
+            width = len(state[f"{i}.running_mean"])
+            layers.append(nn.BatchNorm1d(width, affine=weight is not None))
+        elif weight is not None:
+            layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=f"{i}.bias" in state))
+        else:
+            layers.append(nn.ReLU())
+    projector = nn.Sequential(*layers)
+    projector.load_state_dict(state)
+    return projector.requires_grad_(False).eval()
+
 class PatchGrid(nn.Module):
     """The encoder on patches as in a run of cpc_v2.py: images (N, 3, H, W) -> (N, D, R, C)."""
 

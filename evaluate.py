@@ -3,6 +3,7 @@
     python evaluate.py knn CHECKPOINT                       nearest neighbours, without training
     python evaluate.py linear CHECKPOINT                    a linear classifier on frozen features
     python evaluate.py linear CHECKPOINT --protocol moco    ... trained as in another paper
+    python evaluate.py linear CHECKPOINT --features z       ... on the projector's output
     python evaluate.py finetune CHECKPOINT --labels 0.01 0.1 --baseline supervised
     python evaluate.py detect CHECKPOINT --data DIR         Faster R-CNN on DIR/VOCdevkit or shapes
     python evaluate.py neighbours CHECKPOINT                pictures: neighbours, a map of features
@@ -10,7 +11,8 @@
     python evaluate.py compare RUN RUN                      curves and figures of several runs
 
 CHECKPOINT is a run's folder, its checkpoint.pt, or a file of another project, which needs --data.
-What is evaluated is h, the representation before the projector. The last line of stdout is JSON.
+What is evaluated is h, the representation before the projector, but for `linear --features z`, the
+projection. The last line of stdout is JSON.
 knn, linear, finetune and detect also run under torchrun. --sweep chooses settings on training
 images that are held out; test images are not used before that.
 
@@ -46,7 +48,8 @@ import common
 import cpc_v2
 import detection
 from classifiers import (Features, PatchGrid, batch_size, linear_layer, logistic_regression,
-                         patch_classifier, scores, spectrum, train_heads, tune, tune_cpc)
+                         patch_classifier, read_projector, scores, spectrum, train_heads, tune,
+                         tune_cpc)
 from classifiers import autocast                        # for transfer.py
 
 # lr: per 256 images. drops: the fractions of the run after which the rate falls to `factor` of what
@@ -186,6 +189,10 @@ def knn(args, device):
 def linear(args, device):
     """a linear classifier on frozen features"""
     encoder, dim, checkpoint, name, train, val = load(args, device)
+    if args.features == "z":
+        projector = read_projector(args.checkpoint, checkpoint).to(device)
+        dim = projector(torch.zeros(1, dim, device=device)).shape[1]
+        encoder = nn.Sequential(encoder, projector)
     input = checkpoint["input"]
     classes = len(class_names(train))
     recipe = dict(PROTOCOLS.get(args.protocol, BASE))
@@ -210,7 +217,8 @@ def linear(args, device):
 
     recipe["batch_size"] = batch_size(args, train, most, least=2 if args.protocol == "cpc" else 1)
     before = copy.deepcopy(encoder.state_dict())
-    settings = dict(protocol=args.protocol, sweep=args.sweep, train=len(train), val=len(val))
+    settings = dict(features=args.features, protocol=args.protocol, sweep=args.sweep,
+                    train=len(train), val=len(val))
     if args.sweep or not args.augment or args.protocol == "lbfgs":
         bank = compute(args, encoder, central, input, device)
     if args.protocol == "lbfgs":
@@ -235,7 +243,7 @@ def linear(args, device):
     report(args, checkpoint, name, settings, result)
     if common.RANK == 0:
         figure = draw_confusion(logits.argmax(1), test.labels, class_names(train))
-        save(args, figure, "confusion.png")
+        save(args, figure, "z-confusion.png" if args.features == "z" else "confusion.png")
 
 def choose_rate(args, recipe, bank, make, device):
     rest, held = hold_out(bank, args.seed)
@@ -702,9 +710,9 @@ def parse_args(argv=None):
     add(labelled, "--size", type=common.count, help="side of the images; default: as in training")
     add(every, "--padding", choices=["same"], help="for weights converted from TensorFlow or JAX")
     add(every, "--view", choices=list(cmc.VIEWS), help="colour space of a file of CMC")
-    add(every, "--workers", type=common.whole, default=2, 
+    add(every, "--workers", type=common.whole, default=2,
         help="processes that read image files (default 2)")
-    add(every, "--seed", type=common.whole, default=0, 
+    add(every, "--seed", type=common.whole, default=0,
         help="seed of all random numbers (default 0)")
     add(every, "--precision", choices=["bf16", "fp32"], default=precision,
         help=f"precision of the network (default {precision})")
@@ -718,7 +726,9 @@ def parse_args(argv=None):
         help="softmax temperature of the votes (default 0.1)")
     add("linear", "--protocol", choices=[*PROTOCOLS, "lbfgs"], default="simclr",
         help="whose training (default simclr); lbfgs: logistic regression")
-    add("linear", "--weight-decay", type=common.not_negative, 
+    add("linear", "--features", choices=["h", "z"], default="h",
+        help="what the encoder gives, or z, what the projector makes of it (default h)")
+    add("linear", "--weight-decay", type=common.not_negative,
         help="weight decay; for lbfgs l2 (default 1)")
     add("linear", "--no-augment", dest="augment", action="store_false",
         help="compute the features once, without random crops and flips")
@@ -758,6 +768,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.task in ("neighbours", "compare") and common.WORLD_SIZE > 1:
         parser.error(f"{args.task} runs in one process")
+    if args.task == "linear" and args.features == "z" and args.baseline:
+        parser.error(f"--features z: of a trained network alone, not of --baseline {args.baseline}")
     if args.task == "neighbours" and args.count < 10:
         parser.error(f"--count {args.count}: a map needs 10 images or more")
     if args.task == "compare" and len(args.runs) < 2:

@@ -40,6 +40,7 @@ import common
 import detection
 import evaluate
 import simclr
+from classifiers import read_projector
 
 # B.8: torchvision's class, or None; the parts for training, validation and test; how many training
 # images are for validation if there is no such part; the metric.
@@ -306,30 +307,6 @@ def probe(h, y, test_h, test_y, shares, patience=20, most_epochs=200):
     network.load_state_dict(best)
     with torch.no_grad():
         return evaluate.accuracy(network((test_h - mean) / (std + 1e-6)), test_y)
-
-def read_projector(path, checkpoint):
-    """g of a checkpoint of ours, in eval mode. Its layers are known from their tensors; a number
-    without any is a ReLU. Raises UserError where there is no projector."""
-    state = {key.removeprefix("projector."): value for key, value in checkpoint["model"].items()
-             if key.startswith("projector.")}
-    if "weight" in state:                                       # one layer, no Sequential
-        state = {f"0.{key}": value for key, value in state.items()}
-    if not state or not checkpoint["args"]:
-        raise common.UserError(f"{path}: has no projector; --invariance needs a checkpoint of "
-                               "these scripts that has one")
-    layers = []
-    for i in range(max(int(key.split(".")[0]) for key in state) + 1):
-        weight = state.get(f"{i}.weight")
-        if f"{i}.running_mean" in state:
-            width = len(state[f"{i}.running_mean"])
-            layers.append(nn.BatchNorm1d(width, affine=weight is not None))
-        elif weight is not None:
-            layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=f"{i}.bias" in state))
-        else:
-            layers.append(nn.ReLU())
-    projector = nn.Sequential(*layers)
-    projector.load_state_dict(state)
-    return projector.requires_grad_(False).eval()
 
 # ============================================================================== flags
 

@@ -1,4 +1,5 @@
 """evaluate.py: encoders, knn, linear and detect as commands, baselines, sweeps, mistakes."""
+import importlib
 import json
 import math
 import signal
@@ -9,13 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+import classifiers
 import cmc
 import common
 import cpc_v2
 import detection
 import evaluate
 import simclr
-from conftest import ask, asked_wrongly, logged, one_line, run, tiny
+from conftest import METHODS, ask, asked_wrongly, logged, one_line, run, tiny, train
 
 CPU = torch.device("cpu")
 FAST = ["--steps", "4", "--batch-size", "2", "--rois", "8", "--save-every", "2"]
@@ -170,6 +172,46 @@ def test_the_probe_learns_and_augments(checkpoint, capsys):
 def test_in_bf16(checkpoint, tmp_path, task, little_data):
     name, *args = task
     ask(name, checkpoint, *args, "--epochs", 1, "--precision", "bf16", "--output", tmp_path)
+
+def test_a_probe_of_the_projection(checkpoint, tmp_path, little_data):
+    """That of z = g(h), which for SimCLR is five layers."""
+    settings = ["--protocol", "lbfgs", "--precision", "fp32", "--output", tmp_path]
+    result = ask("linear", checkpoint, "--features", "z", *settings)
+    encoder, _, saved = load_encoder("linear", checkpoint)
+    model = simclr.SimCLR("resnet10x0.125", "small", "nonlinear", 128)
+    model.load_state_dict(saved["model"])
+    z = []
+    for split in ("train", "val"):
+        data = common.load_data("shapes", split=split)
+        h, labels = common.features(encoder, data, saved["input"])
+        z.append((model.eval().projector(h).detach(), labels))
+    (train_z, labels), (test_z, truth) = z
+    weights = classifiers.logistic_regression(train_z, labels, 10, 1.0)
+    top1 = evaluate.accuracy(classifiers.scores(weights, test_z), truth)
+    assert result["top1"] == pytest.approx(top1, abs=0.51) and result["features"] == "z"
+    assert result["top1"] != ask("linear", checkpoint, *settings)["top1"]
+    assert {file.name for file in tmp_path.iterdir()} == {"confusion.png", "z-confusion.png"}
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"cmc", "cpc_v2"}))
+def test_the_projector_is_the_one_that_was_trained(method, tmp_path, monkeypatch, few_labelled):
+    runs = []
+    monkeypatch.setattr(common.Run, "_say_result", lambda run: runs.append(run))
+    train(importlib.import_module(method), *tiny(method), "--batch-size", 100, "--epochs", 1,
+          "--output", tmp_path)
+    model = runs[0].model.eval()
+    h = torch.rand(5, model.encoder.dim)
+    found = classifiers.read_projector(tmp_path, common.read_checkpoint(tmp_path / "checkpoint.pt"))
+    assert torch.allclose(found(h), model.projector(h), atol=1e-6)
+
+def test_no_projector(checkpoint, cpc_checkpoint, tmp_path):
+    saved = torch.load(checkpoint)
+    without = {name: w for name, w in saved["model"].items() if "projector" not in name}
+    torch.save(dict(saved, model=without), tmp_path / "none.pt")            # --head none
+    foreign = {f"module.encoder_q.{name}": w for name, w in saved["encoder"].items()}
+    torch.save(dict(state_dict=foreign), tmp_path / "foreign.pt")
+    for file in (tmp_path / "none.pt", tmp_path / "foreign.pt", cpc_checkpoint):
+        with pytest.raises(common.UserError, match=f"{file}: has no projector"):
+            ask("linear", file, "--features", "z", "--data", "shapes")
 
 def test_accuracy():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1], [1, 3, 2]])
@@ -368,6 +410,7 @@ def folder_of_classes(top, train, val):
     (["knn", "RUN", "--output", "FILE"], "FILE"),
     (["linear", "RUN", "--lr", "-1"], "--lr"),
     (["linear", "RUN", "--protocol", "dino"], "--protocol"),
+    (["linear", "RUN", "--features", "z", "--baseline", "random"], "--features z"),
     (["linear", "RUN", "--protocol", "cpc"], "needs a checkpoint of cpc_v2.py, not simclr"),
     (["linear", "RUN", "--batch-size", "5001"], "--batch-size 5001: not in 1..5000"),
     (["finetune", "RUN", "--protocol", "cpc"], "needs a checkpoint of cpc_v2.py, not simclr"),
