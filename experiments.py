@@ -10,7 +10,6 @@ again, what was stopped resumes, and experiments share runs. To run one again, d
 """
 import contextlib, importlib, itertools, json, math, os, re, shlex, statistics, subprocess
 import sys, textwrap, time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 
@@ -45,40 +44,46 @@ EXPERIMENTS = {}
 
 def experiment(name, shows, asks, rows, **options):
     """shows: where the paper has it, and what. rows: label -> flags, which may begin with another
-    script, or (flags, the paper's figure, or a tuple of them in the order of the columns). options:
-    small, flags of ours alone; paper, flags of --scale paper alone; times, by what that multiplies
-    numbers of a flag; evaluate, commands; log, keys of the log's last line; grid, if labels are
-    "row, column"; minutes, of each run; note, what came out, one sentence for EXPERIMENTS.md."""
-    rows = {label: (row, None) if isinstance(row, str) else row for label, row in rows.items()}
-    base = dict(script=name.split("-")[0], shows=shows, asks=asks, rows=rows, small="", paper="",
-                times={}, evaluate=[LINEAR], log=[], grid=False, minutes=0, note="")
-    EXPERIMENTS[name] = {**base, **options}
+    script, or (flags, the paper's figure, or a tuple of them in the order of the columns).
+    options: small, flags of ours alone; evaluate, commands; log, keys of the log's last line; grid,
+    if labels are "row, column"; minutes, of each run; note, what came out, one sentence for
+    EXPERIMENTS.md. Of --scale paper alone: paper, flags; times, by what it multiplies numbers of a
+    flag; instead, what other flags of ours become."""
+    entry = dict(script=name.split("-")[0], shows=shows, asks=asks, rows={}, small="",
+                 evaluate=[LINEAR], log=[], grid=False, minutes=0, note="", paper="", times={},
+                 instead={})
+    for label, row in rows.items():
+        flags, figures = (row, None) if isinstance(row, str) else row
+        entry["rows"][label] = (flags, figures if isinstance(figures, tuple) else (figures,))
+    EXPERIMENTS[name] = {**entry, **options}
 
-def vary(flags, values):
-    """Rows whose last flag has these values, or the keys of {value: the paper's figure}."""
+def vary(flag, values):
+    """Rows of a flag with these values, or with the keys of {value: the paper's figure}."""
     values = values if isinstance(values, dict) else dict.fromkeys(values)
-    return {str(value): (f"{flags} {value}", figure) for value, figure in values.items()}
+    return {str(value): (f"{flag} {value}", figure) for value, figure in values.items()}
 
-def cross(first, flag, values, figures=()):
+def cross(first, flag, values, figures=itertools.repeat(None)):
     """Rows "label, value" for each of `first`, label -> flags, and each value of the flag."""
-    both = [(label, value) for label in first for value in values]
-    figures = figures or [None] * len(both)
+    both = itertools.product(first, values)
     return {f"{label}, {value}": (f"{first[label]} {flag} {value}", figure)
             for (label, value), figure in zip(both, figures)}
 
-FIGURE_5 = dict(                        # SimCLR's, the upper triangle: the row's operation is first
-    crop=(33.1, 33.9, 56.3, 46.0, 39.9, 35.0, 30.2), cutout=(25.6, 33.9, 40.0, 26.5, 25.2, 22.4),
-    color=(18.8, 21.0, 11.4, 16.5, 20.8), sobel=(4.0, 9.3, 6.2, 4.2), noise=(9.8, 9.8, 9.6),
-    blur=(2.6, 6.7), rotate=(2.6,))
+FIGURE_5 = dict(                                # SimCLR's; the row's operation comes first
+    crop=(33.1, 33.9, 56.3, 46.0, 39.9, 35.0, 30.2),
+    cutout=(32.2, 25.6, 33.9, 40.0, 26.5, 25.2, 22.4),
+    color=(55.8, 35.5, 18.8, 21.0, 11.4, 16.5, 20.8),
+    sobel=(46.2, 40.6, 20.9, 4.0, 9.3, 6.2, 4.2),
+    noise=(38.8, 25.8, 7.5, 7.6, 9.8, 9.8, 9.6),
+    blur=(35.1, 25.2, 16.6, 5.8, 9.7, 2.6, 6.7),
+    rotate=(30.0, 22.5, 20.7, 4.3, 9.7, 6.5, 2.6))
 
 def pairs(*names):
-    """Rows "first, second" of figure 5, without the pairs in the other order."""
+    """Rows "first, second" of figure 5; on the diagonal one operation alone."""
     rows = {}
-    for first in names:
-        for second, figure in zip(list(FIGURE_5)[-len(FIGURE_5[first]):], FIGURE_5[first]):
-            listed = first if first == second else f"{first},{second}"
-            if second in names:
-                rows[f"{first}, {second}"] = (f"--asymmetric --augment {listed}", figure)
+    for first, second in itertools.product(names, names):
+        listed = first if first == second else f"{first},{second}"
+        figure = FIGURE_5[first][list(FIGURE_5).index(second)]
+        rows[f"{first}, {second}"] = (f"--asymmetric --augment {listed}", figure)
     return rows
 
 experiment("simclr-table1", "table 1", "How strong should the colour distortion be?", {
@@ -87,21 +92,23 @@ experiment("simclr-table1", "table 1", "How strong should the colour distortion 
 experiment("simclr-figure5", "figure 5, operations on one branch",
            "Which operations are a good task only together?", pairs("crop", "cutout", "color"),
            grid=True)
-experiment("simclr-figure5-all", "figure 5", "The same for all operations, in half the epochs.",
-           pairs(*FIGURE_5), grid=True, small="--epochs 7")
+experiment("simclr-figure5-all", "figure 5", "The same for all operations, in a fifth of the time.",
+           pairs(*FIGURE_5), grid=True, small="--epochs 4")
 experiment("simclr-figure7", "figure 7 and table 6, 1000 epochs of widths 1, 2, 4 (ours: 1/8)",
            "How much do larger networks gain?", {
-               "width 1/8": ("--arch resnet10x0.125", 69.3, "--arch resnet50"),
-               "width 1/4": ("--arch resnet10x0.25", 74.2, "--arch resnet50x2"),
-               "width 1/2": ("--arch resnet10x0.5", 76.5, "--arch resnet50x4"),
-               "deeper": ("--arch resnet18x0.25", None, "--arch resnet101"),
-               "deepest": ("--arch resnet34x0.25", None, "--arch resnet152")},
-           paper="--epochs 1000", minutes=7)
-experiment("simclr-figure8", "figure 8, a plot: nonlinear 3 above linear, 10 above none",
+               "width 1/8": ("--arch resnet10x0.125", 69.3),
+               "width 1/4": ("--arch resnet10x0.25", 74.2),
+               "width 1/2": ("--arch resnet10x0.5", 76.5),
+               "deeper": "--arch resnet18x0.25", "deepest": "--arch resnet34x0.25"},
+           minutes=7, paper="--epochs 1000", instead={
+               "resnet10x0.125": "resnet50", "resnet10x0.25": "resnet50x2",
+               "resnet10x0.5": "resnet50x4", "resnet18x0.25": "resnet101",
+               "resnet34x0.25": "resnet152"})
+experiment("simclr-figure8", "figure 8, a plot: nonlinear 3 above linear, 10 above none, h above z",
            "Which head should be between h and the loss, and how wide?", {
                "none": "--head none",
                **cross({"linear": "--head linear", "nonlinear": ""}, "--dim", (32, 128, 512))},
-           times={"--dim": 4})
+           evaluate=[LINEAR, f"{LINEAR} --features z"], times={"--dim": 4})
 experiment("simclr-figure9", "figure 9, batch size and epochs (ours: 1/8, 1/25 of the paper's)",
            "Do small batches lose less in long runs?", cross(
                {n: f"--batch-size {n}" for n in (32, 128, 512)}, "--epochs", (4, 8, 16),
@@ -134,13 +141,22 @@ experiment("simclr-table5", "table 5, with accuracy and entropy of the contrasti
            log=["contrast_accuracy", "contrast_entropy"],
            note="0.1 is best, as in the paper, and 1 worst of those of unit length; four epochs, a "
                 "batch of 64, whose softmax has 64 candidates instead of 4096.")
-V1 = ("--patch-augment none", "--directions 1", "--norm batch")         # until the steps below
-V2 = {"version 1": "", "bottom up": "--directions 2", "layer norm": "--norm layer",
-      "colour dropping": "--patch-augment drop", "left and right": "--directions 4",
-      "patch augmentation": "--patch-augment full"}
-experiment("cpc_v2-figure3", "figure 3: from 48.7 to 71.5, each step above the one before",
+CPC = {"version 1": "--arch resnet10x0.125 --directions 1 --norm batch --patch-augment none "
+                    "--patch-size 12 --stride 9",
+       "+ larger network": "--arch resnet10x0.25", "+ bottom up": "--directions 2",
+       "+ layer norm": "--norm layer", "+ colour dropping": "--patch-augment drop",
+       "+ left and right": "--directions 4", "+ larger patches": "--patch-size 16 --stride 8",
+       "+ patch augmentation": "--patch-augment full"}
+experiment("cpc_v2-figure3", "figure 3, from 48.7 to 71.5, each step above the one before",
            "What made version 2 of CPC better?", {
-               label: " ".join([*V1, *list(V2.values())[:i + 1]]) for i, label in enumerate(V2)})
+               step: " ".join(list(CPC.values())[:i]) for i, step in enumerate(CPC, 1)},
+           instead={"resnet10x0.125": "resnet101", "resnet10x0.25": "resnet161",
+                    "--patch-size 12 --stride 9": "--size 256 --patch-size 64 --stride 32",
+                    "--patch-size 16 --stride 8": "--size 260 --patch-size 80 --stride 36"})
+experiment("cpc_v2-directions", "figure 3: up 2 more, left and right 2.5",
+           "Do more directions of prediction help?", vary("--directions", (1, 2, 4)))
+experiment("cpc_v2-patches", "figure 3: dropping colours 3 more, all 4.5",
+           "How should patches be augmented?", vary("--patch-augment", ("none", "drop", "full")))
 experiment("cpc_v2-table2", "figure 1, table 2: 1, 10, 50 % of the labels",
            "How many labels does pre-training save?", {
                "CPC v2": ("", (52.7, 73.1, 81.2)), "supervised": ("", (23.1, 62.5, 75.9))},
@@ -173,6 +189,7 @@ BYOL = "byol.py --blur1 1 --blur2 0.1 --solarize2 0.2"
 CROP = "byol.py --color-strength 0 --grayscale 0 --solarize2 0"
 experiment("byol-figure3b", "figure 3b", "Does BYOL need its augmentations less than SimCLR?", {
     "BYOL, all": (BYOL, 72.5), "BYOL, no grey": (f"{BYOL} --grayscale 0", 70.3),
+    "BYOL, no colour": (f"{BYOL} --grayscale 0 --color-strength 0", 63.4),
     "BYOL, crop and blur": (f"{CROP} --blur1 1 --blur2 0.1", 61.1),
     "BYOL, crop": (f"{CROP} --blur1 0 --blur2 0", 59.4),
     "SimCLR, all": ("simclr.py --augment crop,color,blur", 67.9),
@@ -220,6 +237,9 @@ experiment("supcon-positives", "section 3", "Mean outside or inside the logarith
 experiment("supcon-labels", "official README, CIFAR-10, 1000 epochs",
            "What do labels add to SimCLR?", {"SupCon": ("", 96.0), "SimCLR": ("simclr.py", 93.6)},
            paper="--data cifar10 --recipe small --arch resnet50 --epochs 1000")
+experiment("supcon-cross-entropy", "official README, CIFAR-10 (ours: fine-tuned)",
+           "Is it better than cross entropy?", {"SupCon": ("", 96.0), "supervised": ("", 95.0)},
+           evaluate=["evaluate.py finetune RUN --labels 1.0 --baseline supervised"], minutes=15)
 experiment("image_mixture-kinds", "Un-Mix's README, kNN on CIFAR-10",
            "Which mixture helps MoCo?", {
                "none": ("--mixture none", 89.11), "unmix": ("--mixture unmix", 91.34),
@@ -232,7 +252,8 @@ experiment("methods", "solo-learn's table, CIFAR-10, 1000 epochs",
                    simclr=90.74, moco=92.94, byol=92.58, simsiam=90.51, swav=89.17, cpc_v2=None,
                    insdis=None, cmc=None, deepcluster=88.85, densecl=None, supcon=93.82,
                    image_mixture=None).items()},
-           evaluate=[LINEAR, "evaluate.py finetune RUN --labels 0.01 0.1"], paper="--epochs 100")
+           evaluate=[LINEAR, "evaluate.py finetune RUN --labels 0.01 0.1"], log=["minutes"],
+           paper="--epochs 100")
 
 # ============================================================================== running them
 
@@ -244,35 +265,40 @@ def script_and_flags(entry, text):
     first, _, rest = text.partition(" ")
     return (first[:-3], rest) if first.endswith(".py") else (entry["script"], text)
 
+def evaluations(entry, flags):
+    """Those of a run with these flags: without a projector there is no z to evaluate."""
+    return [task for task in entry["evaluate"]
+            if not ("--features z" in task and "--head none" in flags)]
+
 def plan(entry, args):
-    """(label, seed) -> (folder, commands), the training and then the evaluations: each a list of
-    words, and the file of its standard output."""
+    """(label, seed) -> commands, the training and then the evaluations: each a list of words, and
+    the file of its standard output in the run's folder."""
     runs = {}
-    for label, (text, *_) in entry["rows"].items():
+    for (label, (text, _)), seed in itertools.product(entry["rows"].items(), range(args.seeds)):
         script, flags = script_and_flags(entry, text)
         flags = " ".join([flags, entry["small"], *args.extra])
+        folder = Path(args.output, args.data, script, slug(flags), f"seed{seed}")
         base = CIFAR10 + CIFAR10_OF[script] if args.data == "cifar10" else ""
-        for seed in range(args.seeds):
-            folder = Path(args.output, args.data, script, slug(flags), f"seed{seed}")
-            train = [f"{script}.py", *base.split(), "--root", args.root, "--knn-every", "0",
-                     *flags.split(), "--seed", str(seed), "--output", str(folder)]
-            commands = [(train, folder / "train.out")]
-            for task in entry["evaluate"]:
-                words = [str(folder) if word == "RUN" else word for word in task.split()]
-                commands.append((words, folder / f"{slug(task)}.out"))
-            runs[label, seed] = (folder, commands)
+        train = [f"{script}.py", *base.split(), "--root", args.root, "--knn-every", "0",
+                 *flags.split(), "--seed", str(seed), "--output", str(folder)]
+        runs[label, seed] = [(train, folder / "train.out")]
+        for task in evaluations(entry, flags):
+            words = [str(folder) if word == "RUN" else word for word in task.split()]
+            runs[label, seed].append((words, folder / f"{slug(task)}.out"))
     return runs
 
 def paper_commands(entry):
     """What the paper ran, for 8 GPUs."""
     data = "" if "--data" in entry["paper"] else "--data IMAGENET --recipe imagenet "
-    for label, (small, _, *large) in entry["rows"].items():
-        script, flags = script_and_flags(entry, *large or [small])
+    for label, (text, _) in entry["rows"].items():
+        script, flags = script_and_flags(entry, text)
+        for ours, theirs in entry["instead"].items():
+            flags = re.sub(rf"{ours}\b", theirs, flags)
         for flag, factor in entry["times"].items():
             flags = re.sub(rf"(?<={flag} )\d+", lambda n: str(int(n[0]) * factor), flags)
         folder = f"runs/{slug(f'{script} {label}')}"
         yield f"{GPUS} {script}.py {data}{flags} {entry['paper']} --output {folder}"
-        for task in entry["evaluate"]:
+        for task in evaluations(entry, flags):
             task = task.replace("lbfgs", PROTOCOLS.get(script, "moco"))
             task = task.replace("detect RUN", "detect RUN --data VOC").replace("RUN", folder)
             yield f"{'python' if 'transfer' in task else GPUS} {task}"
@@ -282,65 +308,65 @@ def epochs(train):
     return importlib.import_module(train[0][:-3]).parse_args(train[1:]).epochs
 
 def minutes(entry, args):
-    trainings = [commands[0][0] for _, commands in plan(entry, args).values()]
-    per_epoch = [MINUTES[train[0][:-3]] * (7 if args.data == "cifar10" else 1)
-                 for train in trainings]
-    return sum(entry["minutes"] or m * epochs(t) for m, t in zip(per_epoch, trainings)) / args.jobs
+    slower = 7 if args.data == "cifar10" else 1
+    trainings = [commands[0][0] for commands in plan(entry, args).values()]
+    of_each = [entry["minutes"] or epochs(train) * MINUTES[train[0][:-3]] for train in trainings]
+    return slower * sum(of_each) / args.jobs
 
 def result(file):
     """What a command has left: the JSON that an evaluation ended with, or the last line of the log
-    of a finished training; None before that."""
+    of a finished training and its minutes; None before that."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         if file.name != "train.out":
             return json.loads(file.read_text().splitlines()[-1])
-        last = common.read_log(file.parent)[-1]
-        flags = common.read_checkpoint(file.parent / "checkpoint.pt")["args"]
-        if "knn" in last and last["epoch"] == flags["epochs"]:
+        run = evaluate.read_run(file.parent)
+        last = dict(run["log"][-1], minutes=run["figures"]["minutes"])
+        if "knn" in last and last["epoch"] == run["flags"]["epochs"]:
             return last
     return None
 
-RUNNING = []
+def start(words, file):
+    """Start a command; what it says besides its result goes to output.txt."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as out, open(file.with_name("output.txt"), "a") as log:
+        return subprocess.Popen([sys.executable, HERE / words[0], *words[1:]], stdout=out,
+                                stderr=log, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                                start_new_session=True)
 
-def run(folder, commands):
-    """Run what is missing of one run; returns the command that failed, or None."""
-    for words, file in commands:
-        if result(file) is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "output.txt", "a") as log, open(file, "a") as out:
-                RUNNING.append(subprocess.Popen(
-                    [sys.executable, HERE / words[0], *words[1:]], stdout=out, stderr=log,
-                    env=dict(os.environ, OMP_NUM_THREADS="1"), start_new_session=True))
-                RUNNING[-1].wait()
-            if result(file) is None:
-                return words
-    return None
-
-def run_all(runs, count):
-    """Run what is missing of `runs`, folder -> commands, `count` at once. Returns whether all went
+def run_all(runs, jobs):
+    """Run what is missing of `runs`, lists of commands, `jobs` at once. Returns whether all went
     well. A signal stops the programs that run, and a training saves what it has."""
-    runs = {folder: commands for folder, commands in runs.items()
-            if any(result(file) is None for _, file in commands)}
-    common.say(f"{len(runs)} runs are not finished")
+    waiting = [[command for command in commands if result(command[1]) is None]
+               for commands in runs]
+    waiting = [commands for commands in waiting if commands]
+    total = len(waiting)
+    common.say(f"{total} runs are not finished")
     began = time.time()
-    failed = 0
-    with ThreadPoolExecutor(count) as pool:
-        futures = {pool.submit(run, *item): item[0] for item in runs.items()}
-        try:
-            for i, future in enumerate(as_completed(futures), 1):
-                failed += future.result() is not None
-                what = f"{futures[future]} is done"
-                if future.result():
-                    log = futures[future] / "output.txt"
-                    what = f"failed, see {log}: {shlex.join(future.result())}"
-                left = (time.time() - began) / i * (len(runs) - i) / 60
-                common.say(f"{i} of {len(runs)}, about {left:.0f} min left: {what}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while any(future.running() for future in futures):
-                while RUNNING:
-                    RUNNING.pop().terminate()
-                time.sleep(0.1)
-            raise
+    running = {}                                # program -> its command and those that follow it
+    ended = failed = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                commands = waiting.pop(0)
+                running[start(*commands[0])] = commands
+            time.sleep(0.1)
+            for program in [program for program in running if program.poll() is not None]:
+                (words, file), *following = running.pop(program)
+                what = f"{file.parent} is done"
+                if result(file) is None:
+                    failed += 1
+                    what = f"failed, see {file.with_name('output.txt')}: {shlex.join(words)}"
+                elif following:
+                    waiting.insert(0, following)
+                    continue
+                ended += 1
+                left = (time.time() - began) / ended * (total - ended) / 60
+                common.say(f"{ended} of {total}, about {left:.0f} min left: {what}")
+    finally:
+        for program in running:
+            program.terminate()
+        for program in running:
+            program.wait()
     return not failed
 
 # ============================================================================== what came out
@@ -350,15 +376,19 @@ def figures(entry, label, commands):
     found = {}
     for answer in filter(None, [result(file) for _, file in commands[1:]]):
         if answer["task"] == "invariance":
-            found.update({key: row[key] for row in answer["rows"] if row["task"] == label
-                          for key in ("h", "g(h)")})
+            row = next(row for row in answer["rows"] if row["task"] == label)
+            found |= {"h": row["h"], "g(h)": row["g(h)"]}
         elif answer["task"] == "finetune":
             key = "baseline_top1" if label == "supervised" else "top1"
-            found.update({f"{100 * row['labels']:g} %": row[key] for row in answer["rows"]})
+            found |= {f"{100 * row['labels']:g} %": row[key] for row in answer["rows"]}
+        elif answer["task"] == "detect":
+            found["AP"] = answer["AP"]
         else:
-            found[answer["task"]] = answer["AP" if answer["task"] == "detect" else "top1"]
-    last = result(commands[0][1]) or {}
-    return found | {key: last[key] for key in [*entry["log"], "knn"] if key in last}
+            found["linear z" if answer.get("features") == "z" else "linear"] = answer["top1"]
+    last = result(commands[0][1])
+    if last and label != "supervised":          # a network of its own
+        found |= {key: last[key] for key in [*entry["log"], "knn"]}
+    return found
 
 def agreement(ours, theirs):
     """(pairs in the paper's order, pairs) of the figures that both have, if they differ there."""
@@ -366,11 +396,19 @@ def agreement(ours, theirs):
     pairs = [(a, b) for a, b in itertools.combinations(both, 2) if a[1] != b[1]]
     return sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in pairs), len(pairs)
 
+def summary(values):
+    """Mean and spread over the seeds, and both as text."""
+    if not values:
+        return None, 0, "-"
+    mean = statistics.fmean(values)
+    spread = statistics.stdev(values) if len(values) > 1 else 0
+    return mean, spread, f"{mean:.3g}" + (f" ± {spread:.2g}" if spread else "")
+
 def report(name, args, runs):
     """The table, on the screen and in EXPERIMENTS.md, and the picture."""
     entry = EXPERIMENTS[name]
     key = name if args.data == "shapes" else f"{name}-{args.data}"
-    found = {label: [figures(entry, label, runs[label, seed][1]) for seed in range(args.seeds)]
+    found = {label: [figures(entry, label, runs[label, seed]) for seed in range(args.seeds)]
              for label in entry["rows"]}
     columns = dict.fromkeys(column for row in found.values() for one in row for column in one)
     columns = sorted(columns, key=lambda column: column in (*entry["log"], "knn"))
@@ -378,78 +416,78 @@ def report(name, args, runs):
         return
     table = []
     bars = []
-    for label, row in found.items():
-        paper = entry["rows"][label][1]
-        paper = paper if isinstance(paper, tuple) else (paper,)
-        line = {key: label}
-        for column in columns:
-            values = [one[column] for one in row if column in one]
-            mean = statistics.fmean(values) if values else None
-            spread = statistics.stdev(values) if len(values) > 1 else 0
-            line[column] = f"{mean:.3g}" + f" ± {spread:.2g}" * (spread > 0) if values else "-"
-            if column == columns[0]:
-                bars.append((label, mean, spread, paper[0]))
-        line["paper"] = " / ".join("-" if value is None else f"{value:g}" for value in paper)
-        table.append(line)
+    for label, (_, paper) in entry["rows"].items():
+        cells = [summary([one[column] for one in found[label] if column in one])
+                 for column in columns]
+        published = " / ".join("-" if value is None else f"{value:g}" for value in paper)
+        texts = [label, *(text for _, _, text in cells), published]
+        table.append(dict(zip([key, *columns, "paper"], texts)))
+        bars.append((label, *cells[0][:2], paper[0]))
     same, pairs = agreement([bar[1] for bar in bars], [bar[3] for bar in bars])
-    order = (f"{columns[0]}: {same} of {pairs} pairs of rows have the paper's order." if pairs else
-             "No figures of the paper to compare the order with.")
-    print(f"\n{entry['asks']} Paper: {entry['shows']}.")
+    order = "No figures of the paper to compare the order with."
+    if pairs:
+        order = f"{columns[0]}: {same} of {pairs} pairs of rows have the paper's order."
+    question = f"{entry['asks']} Paper: {entry['shows']}."
+    print(f"\n{question}")
     evaluate.print_table(table)
     print(order, flush=True)
 
     picture = Path("pictures/experiments", f"{key}.png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(bars, entry["grid"], f"{key}: {columns[0]}", picture)
-    files = [file for _, commands in runs.values() for _, file in commands if file.exists()]
-    day = date.fromtimestamp(max(file.stat().st_mtime for file in files))
-    cells = [list(table[0]), ["---"] * len(table[0]), *(list(line.values()) for line in table)]
-    lines = [f"<!-- {key} -->", f"## {key}", "",
-             textwrap.fill(f"{entry['asks']} Paper: {entry['shows']}.", 100), "",
-             *("| " + " | ".join(row) + " |" for row in cells), "",
-             textwrap.fill(f"{order} {entry['note']}", 100), "",
-             f"`{shlex.join(['python', 'experiments.py', name, *args.flags])}`, {day}", "",
-             f"![{key}]({picture})", f"<!-- end {key} -->"]
+    draw(f"{key}: {columns[0]}", bars, entry["grid"], picture)
+    day = date.fromtimestamp(max(file.stat().st_mtime for commands in runs.values()
+                                 for _, file in commands if file.exists()))
+    extra = ["--", *args.extra] if args.extra else []
+    command = ["python", "experiments.py", name, "--data", args.data, "--seeds", str(args.seeds)]
+    rows = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
+    write_section(key, [
+        f"## {key}", "", textwrap.fill(question, 100), "",
+        *("| " + " | ".join(row) + " |" for row in rows), "",
+        textwrap.fill(f"{order} {entry['note']}", 100), "",
+        f"`{shlex.join(command + extra)}`, {day}", "", f"![{key}]({picture})"])
+
+def write_section(key, lines):
+    """The lines instead of those between the markers of `key` in EXPERIMENTS.md, or at its end."""
     path = Path("EXPERIMENTS.md")
     text = path.read_text() if path.exists() else "# Experiments\n"
-    section = "\n".join(lines)
-    old = re.compile(f"{lines[0]}.*{lines[-1]}", re.DOTALL)
-    text = old.sub(lambda _: section, text) if old.search(text) else f"{text}\n{section}\n"
-    common.write_atomically(path, text.encode())
+    begin, end = f"<!-- {key} -->\n", f"<!-- end {key} -->\n"
+    before, found, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    section = begin + "\n".join(lines) + "\n" + end
+    common.write_atomically(path, (before + "\n" * (not found) + section + after).encode())
 
-def draw(bars, grid, title, path):
-    """bars: (label, our mean, spread, the paper's figure), as bars or as heat maps."""
-    panels = {"ours": 1}
-    if any(bar[3] is not None for bar in bars):
-        panels["the paper"] = 3
-    cells = [bar[0].split(", ", 1) for bar in bars]
-    rows = list(dict.fromkeys(cell[0] for cell in cells))
-    columns = list(dict.fromkeys(cell[-1] for cell in cells))
-    height = 2 + 0.45 * len(rows if grid else bars)
-    figure, axes = common.pyplot().subplots(1, len(panels), figsize=(6 * len(panels), height),
-                                            layout="constrained", squeeze=False)
-    figure.suptitle(title, fontsize=15)
-    for ax, (name, i) in zip(axes[0], panels.items()):
-        values = [math.nan if bar[i] is None else bar[i] for bar in bars]
-        written = ["" if bar[i] is None else f"{bar[i]:.1f}" for bar in bars]
-        ax.set_title(name, fontsize=13)
-        ax.tick_params(labelsize=12)
-        if not grid:
-            spread = [bar[2] for bar in bars] if name == "ours" else None
-            drawn = ax.barh([bar[0] for bar in bars], values, xerr=spread, height=0.6)
-            ax.bar_label(drawn, written, fontsize=12, padding=4)
+def draw(title, bars, grid, path):
+    """Our figures and the paper's, of bars: (label, ours, spread, the paper's)."""
+    labels, ours, spread, theirs = zip(*bars)
+    panels = {"ours": ours, "the paper": theirs} if any(theirs) else {"ours": ours}
+    size = (6 * len(panels), 2 + (0.15 if grid else 0.45) * len(bars))
+    figure, axes = common.pyplot().subplots(1, len(panels), figsize=size, layout="constrained",
+                                            squeeze=False)
+    figure.suptitle(title)
+    for ax, (name, values) in zip(axes[0], panels.items()):
+        values = np.array(values, float)                        # nan for None
+        ax.set_title(name)
+        if grid:
+            draw_grid(ax, labels, values)
+        else:
+            drawn = ax.barh(labels, values, 0.6, xerr=spread if name == "ours" else None)
+            ax.bar_label(drawn, fmt="%.1f", padding=4)
             ax.invert_yaxis()
             ax.margins(x=0.15)
-            continue
-        table = np.full((len(rows), len(columns)), math.nan)
-        for (row, column), value, text in zip(cells, values, written):
-            table[rows.index(row), columns.index(column)] = value
-            ax.text(columns.index(column), rows.index(row), text, ha="center", va="center",
-                    fontsize=12)
-        ax.imshow(table, cmap="summer", aspect="auto")
-        ax.set_xticks(range(len(columns)), columns)
-        ax.set_yticks(range(len(rows)), rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     common.save_picture(figure, path)
+
+def draw_grid(ax, labels, values):
+    """A heat map; labels are "row, column"."""
+    cells = [label.split(", ", 1) for label in labels]
+    rows, columns = [list(dict.fromkeys(names)) for names in zip(*cells)]
+    table = np.full((len(rows), len(columns)), math.nan)
+    for (row, column), value in zip(cells, values):
+        table[rows.index(row), columns.index(column)] = value
+    ax.imshow(table, cmap="summer", aspect="auto")
+    for i, j in np.argwhere(~np.isnan(table)):
+        ax.text(j, i, f"{table[i, j]:.1f}", ha="center", va="center")
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
 
 # ============================================================================== flags
 
@@ -470,10 +508,8 @@ def parse_args(argv=None):
     add("--output", metavar="DIR", default="runs/experiments",
         help="folder of the runs (default runs/experiments)")
     args = parser.parse_args(argv[:cut])
-    args.extra = argv[cut + 1:]
-    args.flags = [word for word in argv if word not in args.names]
-    if args.epochs:
-        args.extra = ["--epochs", str(args.epochs), *args.extra]
+    args.extra = ["--epochs", str(args.epochs)] if args.epochs else []
+    args.extra += argv[cut + 1:]
     unknown = [name for name in args.names if name not in EXPERIMENTS]
     if unknown:
         parser.error(f"{unknown[0]}: not one of {', '.join(EXPERIMENTS)}")
@@ -482,24 +518,27 @@ def parse_args(argv=None):
 def main(args, device):
     if not args.names:
         print(f"On {args.data}, {args.jobs} at once; the minutes are from RESULTS.md.")
-    for name, entry in EXPERIMENTS.items() if not args.names else ():
-        print(f"{name:21} {minutes(entry, args):3.0f} min  {entry['asks']}")
-    plans = {name: plan(EXPERIMENTS[name], args) for name in args.names}
-    runs = {}
-    for folder, commands in (run for runs in plans.values() for run in runs.values()):
-        epochs(commands[0][0])
-        known = runs.setdefault(folder, [])
-        known += [command for command in commands if command not in known]
+        for name, entry in EXPERIMENTS.items():
+            print(f"{name:21} {minutes(entry, args):3.0f} min  {entry['asks']}")
+        return
     if args.scale == "paper":
         print("\n".join(line for name in args.names for line in paper_commands(EXPERIMENTS[name])))
-    elif args.dry_run:
-        for words in (words for commands in runs.values() for words, _ in commands):
+        return
+    plans = {name: plan(EXPERIMENTS[name], args) for name in args.names}
+    runs = {}                                   # those that experiments share, once
+    for commands in itertools.chain(*(runs.values() for runs in plans.values())):
+        train, file = commands[0]
+        epochs(train)
+        known = runs.setdefault(file.parent, [])
+        known += [command for command in commands if command not in known]
+    if args.dry_run:
+        for words, _ in itertools.chain(*runs.values()):
             print("OMP_NUM_THREADS=1 python " + shlex.join(words))
-    elif args.names:
-        well = run_all(runs, args.jobs)
-        for name in args.names:
-            report(name, args, plans[name])
-        sys.exit(not well)
+        return
+    well = run_all(runs.values(), args.jobs)
+    for name in args.names:
+        report(name, args, plans[name])
+    sys.exit(not well)
 
 if __name__ == "__main__":
     common.launch(main, parse_args)

@@ -68,8 +68,8 @@ def in_this_process(monkeypatch):
                 module = importlib.import_module(Path(script).stem)
                 conftest.train(module, *flags)
 
-        def wait(self):
-            pass
+        def poll(self):
+            return 0
 
     monkeypatch.setattr(subprocess, "Popen", Program)
     yield Program, started
@@ -105,8 +105,8 @@ def test_every_command_of_the_papers_is_one_that_its_script_takes(capsys, here):
 def test_no_two_rows_of_an_experiment_are_the_same_run():
     args = experiments.parse_args([])
     for name, entry in experiments.EXPERIMENTS.items():
-        folders = [folder for folder, _ in experiments.plan(entry, args).values()]
-        shared = name == "cpc_v2-table2"        # one run, measured in two ways
+        folders = [commands[0][1].parent for commands in experiments.plan(entry, args).values()]
+        shared = "supervised" in entry["rows"]  # one run, measured in two ways
         assert len(set(folders)) == (1 if shared else len(folders)), name
 
 def test_it_lists_the_experiments_and_their_minutes(capsys, here):
@@ -148,12 +148,15 @@ def test_agreement_by_hand():
      {"1 %": 40.0, "50 %": 80.0}),
     ("cpc_v2-table2", "supervised", dict(task="finetune", rows=[
         dict(labels=0.1, top1=40.0, baseline_top1=20.0)]), {"10 %": 20.0}),
-    ("densecl-lambda", "0.5", dict(task="detect", AP=12.0, AP50=30.0), {"detect": 12.0})])
+    ("densecl-lambda", "0.5", dict(task="detect", AP=12.0, AP50=30.0), {"AP": 12.0}),
+    ("simclr-figure8", "none", dict(task="linear", features="h", top1=50.0), {"linear": 50.0}),
+    ("simclr-figure8", "none", dict(task="linear", features="z", top1=40.0), {"linear z": 40.0})])
 def test_figures_of_other_evaluations(name, label, answer, expected, here):
     runs = experiments.plan(experiments.EXPERIMENTS[name], experiments.parse_args([]))
-    folder, commands = runs[label, 0]
-    folder.mkdir(parents=True)
-    commands[1][1].write_text("a table\n" + json.dumps(answer) + "\n")
+    commands = runs[label, 0]
+    _, file = commands[1]
+    file.parent.mkdir(parents=True)
+    file.write_text("a table\n" + json.dumps(answer) + "\n")
     assert experiments.figures(experiments.EXPERIMENTS[name], label, commands) == expected
 
 # ------------------------------------------------------------------- runs
@@ -167,7 +170,7 @@ def test_a_run_of_two_seeds(in_this_process, capsys, here):
     assert "1 pairs of rows have the paper's order" in shown and "±" in shown
     first = (here / "EXPERIMENTS.md").read_text()
     for text in ("<!-- simsiam-symmetric -->", "<!-- end simsiam-symmetric -->", "| 64.8 |",
-                 "`python experiments.py simsiam-symmetric --seeds 2 --jobs 1 -- --arch"):
+                 "`python experiments.py simsiam-symmetric --data shapes --seeds 2 -- --arch"):
         assert first.count(text) == 1
     picture = here / "pictures/experiments/simsiam-symmetric.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
