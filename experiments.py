@@ -22,9 +22,10 @@ LINEAR = "evaluate.py linear RUN --protocol lbfgs"      # logistic regression on
 GPUS = "torchrun --nproc_per_node=8"                    # --scale paper; protocols: others have moco
 PROTOCOLS = dict(simclr="simclr", byol="byol", simsiam="simsiam", swav="swav", deepcluster="swav",
                  cpc_v2="cpc", supcon="simclr")
-# Minutes of an epoch of shapes on one thread, from RESULTS.md; of CIFAR-10 it is some 7 times that.
-MINUTES = dict(simclr=0.27, moco=0.17, byol=0.3, simsiam=0.21, swav=0.43, cpc_v2=1, insdis=0.14,
-               cmc=0.19, deepcluster=0.35, densecl=0.28, supcon=0.3, image_mixture=0.25)
+# CPU minutes of an epoch of shapes by the recipe, measured on hardware A of RESULTS.md, 2026-11-26,
+# side by side; of CIFAR-10 it is some 7 times that.
+MINUTES = dict(simclr=0.25, moco=0.27, byol=0.38, simsiam=0.27, swav=0.78, cpc_v2=1.8, insdis=0.15,
+               cmc=0.15, deepcluster=0.4, densecl=0.33, supcon=0.42, image_mixture=0.54)
 # On shapes the recipe's flags, on CIFAR-10 those of RESULTS.md.
 CIFAR10 = "--data cifar10 --arch resnet10x0.25 --batch-size 128 --epochs 10 --warmup-epochs 0.5 "
 CIFAR10_OF = dict.fromkeys(MINUTES, "--optimizer adamw --lr 0.008 --weight-decay 1e-4 ")
@@ -44,17 +45,18 @@ EXPERIMENTS = {}
 
 def experiment(name, shows, asks, rows, **options):
     """shows: where the paper has it, and what. rows: label -> flags, which may begin with another
-    script, or (flags, the paper's figure, or a tuple of them in the order of the columns).
-    options: small, flags of ours alone; evaluate, commands; log, keys of the log's last line; grid,
-    if labels are "row, column"; minutes, of each run; note, what came out, one sentence for
-    EXPERIMENTS.md. Of --scale paper alone: paper, flags; times, by what it multiplies numbers of a
-    flag; instead, what other flags of ours become."""
-    entry = dict(script=name.split("-")[0], shows=shows, asks=asks, rows={}, small="",
-                 evaluate=[LINEAR], log=[], grid=False, minutes=0, note="", paper="", times={},
-                 instead={})
+    script, or (flags, the paper's figure, or a tuple of them in the order of the columns). Rows
+    that are all "row, column" are drawn as a grid. options: small, flags of ours alone; evaluate,
+    commands; log, keys of the log's last line; minutes, of each run; note, what came out, one
+    sentence for EXPERIMENTS.md. Of --scale paper alone: paper, flags; times, by what it multiplies
+    numbers of a flag; instead, what other flags of ours become."""
+    entry = dict(shows=shows, asks=asks, rows={}, small="", evaluate=[LINEAR], log=[], minutes=0,
+                 note="", paper="", times={}, instead={})
     for label, row in rows.items():
-        flags, figures = (row, None) if isinstance(row, str) else row
-        entry["rows"][label] = (flags, figures if isinstance(figures, tuple) else (figures,))
+        text, figures = (row, None) if isinstance(row, str) else row
+        figures = figures if isinstance(figures, tuple) else (figures,)
+        script, flags = re.match(r"(?:(\w+)\.py)? ?(.*)", text).groups()
+        entry["rows"][label] = (script or name.split("-")[0], flags, figures)
     EXPERIMENTS[name] = {**entry, **options}
 
 def vary(flag, values):
@@ -90,10 +92,9 @@ experiment("simclr-table1", "table 1", "How strong should the colour distortion 
     **vary("--augment crop,color --color-strength", {0.125: 59.6, 0.25: 61.0, 0.5: 62.6, 1: 63.2}),
     "1, blur": ("--augment crop,color,blur --color-strength 1", 64.5)})
 experiment("simclr-figure5", "figure 5, operations on one branch",
-           "Which operations are a good task only together?", pairs("crop", "cutout", "color"),
-           grid=True)
+           "Which operations are a good task only together?", pairs("crop", "cutout", "color"))
 experiment("simclr-figure5-all", "figure 5", "The same for all operations, in a fifth of the time.",
-           pairs(*FIGURE_5), grid=True, small="--epochs 4")
+           pairs(*FIGURE_5), small="--epochs 4")
 experiment("simclr-figure7", "figure 7 and table 6, 1000 epochs of widths 1, 2, 4 (ours: 1/8)",
            "How much do larger networks gain?", {
                "width 1/8": ("--arch resnet10x0.125", 69.3),
@@ -113,12 +114,12 @@ experiment("simclr-figure9", "figure 9, batch size and epochs (ours: 1/8, 1/25 o
            "Do small batches lose less in long runs?", cross(
                {n: f"--batch-size {n}" for n in (32, 128, 512)}, "--epochs", (4, 8, 16),
                (57.5, 61.9, 64.7, 62.8, 65.3, 67.2, 64.6, 66.5, 68.2)),
-           grid=True, times={"--batch-size": 8, "--epochs": 25})
+           times={"--batch-size": 8, "--epochs": 25})
 experiment("simclr-tableB1", "table B.1, batch size (ours: 1/16) and the rate's rule, 100 epochs",
            "Is the square-root rule better for small batches?", cross(
                {"linear": "", "sqrt": "--lr-scaling sqrt --lr 1.5"}, "--batch-size", (16, 64, 256),
                (57.5, 62.8, 64.6, 62.8, 64.3, 64.5)),
-           grid=True, times={"--batch-size": 16}, paper="--lr 0.3")
+           times={"--batch-size": 16}, paper="--lr 0.3")
 experiment("simclr-table4", "tables 2 and 4", "What is better about the softmax?", {
     "margin": ("--loss margin", 50.9), "NT-logistic": ("--loss nt-logistic", 51.6),
     "margin, semi-hard": ("--loss margin --semi-hard", 57.5),
@@ -150,7 +151,7 @@ CPC = {"version 1": "--arch resnet10x0.125 --directions 1 --norm batch --patch-a
 experiment("cpc_v2-figure3", "figure 3, from 48.7 to 71.5, each step above the one before",
            "What made version 2 of CPC better?", {
                step: " ".join(list(CPC.values())[:i]) for i, step in enumerate(CPC, 1)},
-           instead={"resnet10x0.125": "resnet101", "resnet10x0.25": "resnet161",
+           small="--epochs 4", instead={"resnet10x0.125": "resnet101", "resnet10x0.25": "resnet161",
                     "--patch-size 12 --stride 9": "--size 256 --patch-size 64 --stride 32",
                     "--patch-size 16 --stride 8": "--size 260 --patch-size 80 --stride 36"})
 experiment("cpc_v2-directions", "figure 3: up 2 more, left and right 2.5",
@@ -161,7 +162,8 @@ experiment("cpc_v2-table2", "figure 1, table 2: 1, 10, 50 % of the labels",
            "How many labels does pre-training save?", {
                "CPC v2": ("", (52.7, 73.1, 81.2)), "supervised": ("", (23.1, 62.5, 75.9))},
            evaluate=["evaluate.py finetune RUN --protocol cpc --subset random "
-                     "--labels 0.01 0.1 0.5 --baseline supervised"], minutes=20)
+                     "--labels 0.01 0.1 0.5 --baseline supervised"],
+           small="--epochs 4", minutes=30)
 experiment("moco-momentum", "section 4.1, 4096 keys; 0 fails", "Must the key encoder be slow?",
            vary("--ema-momentum", {0: None, 0.9: 55.2, 0.99: 57.8, 0.999: 59.0, 0.9999: 58.9}),
            paper="--version 1 --queue-size 4096")
@@ -184,7 +186,7 @@ experiment("byol-figure3a", "figure 3a, batch size (ours: a quarter of the paper
            "Does BYOL need large batches less than SimCLR?", cross(
                {"BYOL": "byol.py", "SimCLR": "simclr.py"}, "--batch-size", (16, 64, 256),
                (59.7, 71.8, 72.2, 59.2, 64.3, 67.4)),
-           grid=True, times={"--batch-size": 4}, paper="--epochs 300")
+           times={"--batch-size": 4}, paper="--epochs 300")
 BYOL = "byol.py --blur1 1 --blur2 0.1 --solarize2 0.2"
 CROP = "byol.py --color-strength 0 --grayscale 0 --solarize2 0"
 experiment("byol-figure3b", "figure 3b", "Does BYOL need its augmentations less than SimCLR?", {
@@ -195,7 +197,7 @@ experiment("byol-figure3b", "figure 3b", "Does BYOL need its augmentations less 
     "SimCLR, all": ("simclr.py --augment crop,color,blur", 67.9),
     "SimCLR, no grey": ("simclr.py --augment crop,jitter,blur", 61.9),
     "SimCLR, crop and blur": ("simclr.py --augment crop,blur", 41.7),
-    "SimCLR, crop": ("simclr.py --augment crop", 40.3)}, grid=True, paper="--epochs 300")
+    "SimCLR, crop": ("simclr.py --augment crop", 40.3)}, small="--epochs 18", paper="--epochs 300")
 experiment("byol-momentum", "table 5a", "How fast should the target follow?",
            vary("--ema-momentum", (0, 0.9, 0.97, 0.99, 1)))
 experiment("simsiam-figure2", "figure 2", "What does the stop-gradient prevent?", {
@@ -239,12 +241,13 @@ experiment("supcon-labels", "official README, CIFAR-10, 1000 epochs",
            paper="--data cifar10 --recipe small --arch resnet50 --epochs 1000")
 experiment("supcon-cross-entropy", "official README, CIFAR-10 (ours: fine-tuned)",
            "Is it better than cross entropy?", {"SupCon": ("", 96.0), "supervised": ("", 95.0)},
-           evaluate=["evaluate.py finetune RUN --labels 1.0 --baseline supervised"], minutes=15)
+           evaluate=["evaluate.py finetune RUN --labels 1.0 --baseline supervised"], minutes=20,
+           paper="--data cifar10 --recipe small --arch resnet50 --epochs 1000")
 experiment("image_mixture-kinds", "Un-Mix's README, kNN on CIFAR-10",
            "Which mixture helps MoCo?", {
                "none": ("--mixture none", 89.11), "unmix": ("--mixture unmix", 91.34),
                **vary("--mixture", ("global", "region", "both"))},
-           paper="--data cifar10 --recipe small --epochs 1000")
+           evaluate=[], small="--epochs 20", paper="--data cifar10 --recipe small --epochs 1000")
 experiment("methods", "solo-learn's table, CIFAR-10, 1000 epochs",
            "What does each method learn in some four minutes of one thread?", {
                script: (f"{script}.py --epochs {round(4 / MINUTES[script])}", figure)
@@ -261,10 +264,6 @@ def slug(text):
     """The text as the name of a folder or file."""
     return re.sub(r"[^\w.]+", "-", text).strip("-") or "default"
 
-def script_and_flags(entry, text):
-    first, _, rest = text.partition(" ")
-    return (first[:-3], rest) if first.endswith(".py") else (entry["script"], text)
-
 def evaluations(entry, flags):
     """Those of a run with these flags: without a projector there is no z to evaluate."""
     return [task for task in entry["evaluate"]
@@ -274,8 +273,8 @@ def plan(entry, args):
     """(label, seed) -> commands, the training and then the evaluations: each a list of words, and
     the file of its standard output in the run's folder."""
     runs = {}
-    for (label, (text, _)), seed in itertools.product(entry["rows"].items(), range(args.seeds)):
-        script, flags = script_and_flags(entry, text)
+    for label, seed in itertools.product(entry["rows"], range(args.seeds)):
+        script, flags, _ = entry["rows"][label]
         flags = " ".join([flags, entry["small"], *args.extra])
         folder = Path(args.output, args.data, script, slug(flags), f"seed{seed}")
         base = CIFAR10 + CIFAR10_OF[script] if args.data == "cifar10" else ""
@@ -290,13 +289,12 @@ def plan(entry, args):
 def paper_commands(entry):
     """What the paper ran, for 8 GPUs."""
     data = "" if "--data" in entry["paper"] else "--data IMAGENET --recipe imagenet "
-    for label, (text, _) in entry["rows"].items():
-        script, flags = script_and_flags(entry, text)
+    for label, (script, flags, _) in entry["rows"].items():
         for ours, theirs in entry["instead"].items():
-            flags = re.sub(rf"{ours}\b", theirs, flags)
+            flags = flags.replace(ours, theirs)
         for flag, factor in entry["times"].items():
             flags = re.sub(rf"(?<={flag} )\d+", lambda n: str(int(n[0]) * factor), flags)
-        folder = f"runs/{slug(f'{script} {label}')}"
+        folder = f"runs/{slug(f'{script} {flags}')}"
         yield f"{GPUS} {script}.py {data}{flags} {entry['paper']} --output {folder}"
         for task in evaluations(entry, flags):
             task = task.replace("lbfgs", PROTOCOLS.get(script, "moco"))
@@ -416,7 +414,7 @@ def report(name, args, runs):
         return
     table = []
     bars = []
-    for label, (_, paper) in entry["rows"].items():
+    for label, (_, _, paper) in entry["rows"].items():
         cells = [summary([one[column] for one in found[label] if column in one])
                  for column in columns]
         published = " / ".join("-" if value is None else f"{value:g}" for value in paper)
@@ -433,7 +431,7 @@ def report(name, args, runs):
     print(order, flush=True)
 
     picture = Path("pictures/experiments", f"{key}.png")
-    draw(f"{key}: {columns[0]}", bars, entry["grid"], picture)
+    draw(f"{key}: {columns[0]}", bars, picture)
     day = date.fromtimestamp(max(file.stat().st_mtime for commands in runs.values()
                                  for _, file in commands if file.exists()))
     extra = ["--", *args.extra] if args.extra else []
@@ -455,9 +453,10 @@ def write_section(key, lines):
     section = begin + "\n".join(lines) + "\n" + end
     common.write_atomically(path, (before + "\n" * (not found) + section + after).encode())
 
-def draw(title, bars, grid, path):
+def draw(title, bars, path):
     """Our figures and the paper's, of bars: (label, ours, spread, the paper's)."""
     labels, ours, spread, theirs = zip(*bars)
+    grid = all(", " in label for label in labels)
     panels = {"ours": ours, "the paper": theirs} if any(theirs) else {"ours": ours}
     size = (6 * len(panels), 2 + (0.15 if grid else 0.45) * len(bars))
     figure, axes = common.pyplot().subplots(1, len(panels), figsize=size, layout="constrained",
@@ -517,7 +516,7 @@ def parse_args(argv=None):
 
 def main(args, device):
     if not args.names:
-        print(f"On {args.data}, {args.jobs} at once; the minutes are from RESULTS.md.")
+        print(f"On {args.data}, {args.jobs} at once, in minutes of two CPU cores:")
         for name, entry in EXPERIMENTS.items():
             print(f"{name:21} {minutes(entry, args):3.0f} min  {entry['asks']}")
         return
