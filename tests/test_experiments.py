@@ -138,6 +138,10 @@ def test_agreement_by_hand():
     assert experiments.agreement([1, None, 3], [10, 20, 30]) == (1, 1)
     assert experiments.agreement([1, 2], [None, None]) == (0, 0)
 
+def test_a_run_without_a_projector_has_no_z_to_evaluate():
+    runs = experiments.plan(experiments.EXPERIMENTS["simclr-figure8"], experiments.parse_args([]))
+    assert [len(commands) for commands in runs.values()] == [2] + 6 * [3]
+
 @pytest.mark.parametrize("name,label,answer,expected", [
     ("simclr-table3", "rotation", dict(task="invariance", rows=[
         {"task": "rotation", "chance": 25, "h": 60.5, "g(h)": 30.5},
@@ -181,6 +185,17 @@ def test_a_run_of_two_seeds(in_this_process, capsys, here):
     assert len(started) == 8 and picture.exists()
     assert (here / "EXPERIMENTS.md").read_text() == first + "\nkept\n"
 
+def test_a_note_that_has_changed_is_written_without_a_run(in_this_process, here, monkeypatch):
+    _, started = in_this_process
+    flags = ["simsiam-symmetric", "--jobs", 2, *MINIATURE]
+    assert main(*flags) == 0
+    before = (here / "EXPERIMENTS.md").read_text()
+    number = len(started)
+    monkeypatch.setitem(experiments.EXPERIMENTS["simsiam-symmetric"], "note", "What came out.")
+    assert main(*flags) == 0 and len(started) == number == 4
+    after = (here / "EXPERIMENTS.md").read_text()
+    assert " What came out.\n" in after and after.replace(" What came out.", "") == before
+
 def test_a_failed_run_is_named_and_the_others_go_on(in_this_process, capsys, here):
     program, started = in_this_process
     program.broken = "--no-stop-gradient"
@@ -198,20 +213,22 @@ def test_a_failed_run_is_named_and_the_others_go_on(in_this_process, capsys, her
     assert [words[0] for words in started[3:]] == ["simsiam.py", "evaluate.py"]
 
 def test_what_is_stopped_resumes(here):
-    """Ctrl-C ends the training too, which has saved, and the same command goes on."""
-    args = ["moco-shuffling", "--jobs", 1, *MINIATURE[:-1], 400, "--queue-size", 2000,
+    """Ctrl-C ends both trainings too, which have saved, and the same command goes on."""
+    args = ["moco-shuffling", "--jobs", 2, *MINIATURE[:-1], 400, "--queue-size", 2000,
             "--bn-splits", 2]
     program = subprocess.Popen(command("experiments.py", *args), stderr=subprocess.PIPE,
                                env=environment(), text=True)
-    deadline = time.time() + 60
-    while not list(here.glob("runs/experiments/shapes/moco/*/seed0/log.jsonl")):
-        assert time.time() < deadline
+    deadline = time.time() + 180
+    while len(list(here.glob("runs/experiments/shapes/moco/*/seed0/log.jsonl"))) < 2:
+        if time.time() > deadline:
+            program.terminate()
+        assert program.poll() is None
         time.sleep(0.05)
     program.send_signal(signal.SIGINT)
-    _, said = program.communicate(timeout=60)
+    _, said = program.communicate(timeout=180)
     assert program.returncode == 130 and "Traceback" not in said, said
-    folder, = here.glob("runs/experiments/shapes/moco/*/seed0")
-    checkpoint = common.read_checkpoint(folder / "checkpoint.pt")
-    assert 0 < checkpoint["step"] < 4000
-    assert "stopped by SIGTERM" in (folder / "output.txt").read_text()
-    assert experiments.result(folder / "train.out") is None
+    for folder in here.glob("runs/experiments/shapes/moco/*/seed0"):
+        checkpoint = common.read_checkpoint(folder / "checkpoint.pt")
+        assert 0 < checkpoint["step"] < 4000
+        assert "stopped by SIGTERM" in (folder / "output.txt").read_text()
+        assert experiments.result(folder / "train.out") is None
