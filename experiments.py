@@ -22,13 +22,18 @@ LINEAR = "evaluate.py linear RUN --protocol lbfgs"      # logistic regression on
 GPUS = "torchrun --nproc_per_node=8"                    # --scale paper; protocols: others have moco
 PROTOCOLS = dict(simclr="simclr", byol="byol", simsiam="simsiam", swav="swav", deepcluster="swav",
                  cpc_v2="cpc", supcon="simclr")
-# CPU minutes of an epoch of shapes by the recipe, measured on hardware A of RESULTS.md, 2026-11-26,
-# side by side; of CIFAR-10 it is some 7 times that.
-MINUTES = dict(simclr=0.25, moco=0.27, byol=0.38, simsiam=0.27, swav=0.78, cpc_v2=1.8, insdis=0.15,
-               cmc=0.15, deepcluster=0.4, densecl=0.33, supcon=0.42, image_mixture=0.54)
+# CPU minutes of an epoch, measured side by side on hardware A of RESULTS.md beside other work,
+# 2026-11-26; the last four of CIFAR-10 are estimates from the others.
+MINUTES = dict(
+    shapes=dict(
+        simclr=0.25, moco=0.27, byol=0.38, simsiam=0.27, swav=0.78, cpc_v2=1.8, insdis=0.15,
+        cmc=0.15, deepcluster=0.45, densecl=0.33, supcon=0.42, image_mixture=0.54),
+    cifar10=dict(
+        simclr=3.9, moco=4.4, byol=5.4, simsiam=4.1, swav=7.1, cpc_v2=20, insdis=3.4, cmc=3.5,
+        deepcluster=7, densecl=5, supcon=4.2, image_mixture=8.5))
 # On shapes the recipe's flags, on CIFAR-10 those of RESULTS.md.
 CIFAR10 = "--data cifar10 --arch resnet10x0.25 --batch-size 128 --epochs 10 --warmup-epochs 0.5 "
-CIFAR10_OF = dict.fromkeys(MINUTES, "--optimizer adamw --lr 0.008 --weight-decay 1e-4 ")
+CIFAR10_OF = dict.fromkeys(MINUTES["shapes"], "--optimizer adamw --lr 0.008 --weight-decay 1e-4 ")
 CIFAR10_OF |= dict(
     simclr="--lr 8 --weight-decay 1e-6 --temperature 0.2",
     byol="--lr 6 --weight-decay 1e-6 --ema-momentum 0.97 --hidden 512 --dim 128",
@@ -46,12 +51,13 @@ EXPERIMENTS = {}
 def experiment(name, shows, asks, rows, **options):
     """shows: where the paper has it, and what. rows: label -> flags, which may begin with another
     script, or (flags, the paper's figure, or a tuple of them in the order of the columns). Rows
-    that are all "row, column" are drawn as a grid. options: small, flags of ours alone; evaluate,
-    commands; log, keys of the log's last line; minutes, of each run; note, what came out, one
-    sentence for EXPERIMENTS.md. Of --scale paper alone: paper, flags; times, by what it multiplies
-    numbers of a flag; instead, what other flags of ours become."""
+    that are all "row, column" are drawn as a grid. options: small, flags on shapes alone; evaluate,
+    commands; log, keys of the log's last line; minutes, of each run, for the list; equal, data ->
+    minutes that every training shall take; note, what came out, one sentence for EXPERIMENTS.md. Of
+    --scale paper alone: paper, flags; times, by what it multiplies numbers of a flag; instead, what
+    other flags of ours become."""
     entry = dict(shows=shows, asks=asks, rows={}, small="", evaluate=[LINEAR], log=[], minutes=0,
-                 note="", paper="", times={}, instead={})
+                 equal={}, note="", paper="", times={}, instead={})
     for label, row in rows.items():
         text, figures = (row, None) if isinstance(row, str) else row
         figures = figures if isinstance(figures, tuple) else (figures,)
@@ -249,14 +255,14 @@ experiment("image_mixture-kinds", "Un-Mix's README, kNN on CIFAR-10",
                **vary("--mixture", ("global", "region", "both"))},
            evaluate=[], small="--epochs 20", paper="--data cifar10 --recipe small --epochs 1000")
 experiment("methods", "solo-learn's table, CIFAR-10, 1000 epochs",
-           "What does each method learn in some four minutes of one thread?", {
-               script: (f"{script}.py --epochs {round(4 / MINUTES[script])}", figure)
-               for script, figure in dict(
-                   simclr=90.74, moco=92.94, byol=92.58, simsiam=90.51, swav=89.17, cpc_v2=None,
-                   insdis=None, cmc=None, deepcluster=88.85, densecl=None, supcon=93.82,
-                   image_mixture=None).items()},
+           "What does each method learn in the same minutes of one thread?", {
+               "SimCLR": ("simclr.py", 90.74), "MoCo": ("moco.py", 92.94),
+               "BYOL": ("byol.py", 92.58), "SimSiam": ("simsiam.py", 90.51),
+               "SwAV": ("swav.py", 89.17), "CPC v2": "cpc_v2.py", "InsDis": "insdis.py",
+               "CMC": "cmc.py", "DeepCluster": ("deepcluster.py", 88.85), "DenseCL": "densecl.py",
+               "SupCon (labels)": ("supcon.py", 93.82), "Un-Mix": "image_mixture.py"},
            evaluate=[LINEAR, "evaluate.py finetune RUN --labels 0.01 0.1"], log=["minutes"],
-           paper="--epochs 100")
+           equal=dict(shapes=4, cifar10=40), paper="--epochs 100")
 
 # ============================================================================== running them
 
@@ -275,7 +281,11 @@ def plan(entry, args):
     runs = {}
     for label, seed in itertools.product(entry["rows"], range(args.seeds)):
         script, flags, _ = entry["rows"][label]
-        flags = " ".join([flags, entry["small"], *args.extra])
+        if entry["equal"]:
+            count = round(entry["equal"][args.data] / MINUTES[args.data][script])
+            flags += f" --epochs {max(1, count)}"
+        small = entry["small"] if args.data == "shapes" else ""
+        flags = " ".join([flags, small, *args.extra])
         folder = Path(args.output, args.data, script, slug(flags), f"seed{seed}")
         base = CIFAR10 + CIFAR10_OF[script] if args.data == "cifar10" else ""
         train = [f"{script}.py", *base.split(), "--root", args.root, "--knn-every", "0",
@@ -306,10 +316,11 @@ def epochs(train):
     return importlib.import_module(train[0][:-3]).parse_args(train[1:]).epochs
 
 def minutes(entry, args):
-    slower = 7 if args.data == "cifar10" else 1
+    of_epoch = MINUTES[args.data]
+    slower = of_epoch["simclr"] / MINUTES["shapes"]["simclr"]
     trainings = [commands[0][0] for commands in plan(entry, args).values()]
-    of_each = [entry["minutes"] or epochs(train) * MINUTES[train[0][:-3]] for train in trainings]
-    return slower * sum(of_each) / args.jobs
+    return sum(slower * entry["minutes"] or epochs(train) * of_epoch[train[0][:-3]]
+               for train in trainings) / args.jobs
 
 def result(file):
     """What a command has left: the JSON that an evaluation ended with, or the last line of the log
@@ -470,7 +481,7 @@ def draw(title, bars, path):
         else:
             drawn = ax.barh(labels, values, 0.6, xerr=spread if name == "ours" else None)
             ax.bar_label(drawn, fmt="%.1f", padding=4)
-            ax.invert_yaxis()
+            ax.set_ylim(len(labels) - 0.5, -0.5)                # the first row on top
             ax.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     common.save_picture(figure, path)

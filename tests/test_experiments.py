@@ -115,6 +115,16 @@ def test_it_lists_the_experiments_and_their_minutes(capsys, here):
     assert [line.split()[0] for line in lines] == list(experiments.EXPERIMENTS)
     assert all(0 < int(line.split()[1]) <= 30 and line.endswith(("?", ".")) for line in lines)
 
+@pytest.mark.parametrize("data", ["shapes", "cifar10"])
+def test_all_methods_have_the_same_minutes(data):
+    args = experiments.parse_args(["--data", data])
+    entry = experiments.EXPERIMENTS["methods"]
+    trainings = [commands[0][0] for commands in experiments.plan(entry, args).values()]
+    assert [train[0][:-3] for train in trainings] == conftest.METHODS
+    for train in trainings:
+        minutes = experiments.epochs(train) * experiments.MINUTES[data][train[0][:-3]]
+        assert minutes == pytest.approx(entry["equal"][data], rel=0.13)
+
 def test_an_unknown_name_lists_the_known_ones(capsys):
     with pytest.raises(SystemExit) as e:
         common.launch(experiments.main, lambda: experiments.parse_args(["simclr-table55"]))
