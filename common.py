@@ -16,10 +16,13 @@ from typing import NamedTuple
 BUSY = os.getloadavg()[0] > 0.7     # other programs ran in the last minute
 MAIN = Path(getattr(sys.modules["__main__"], "__file__", "notebook.py")).resolve()
 if MAIN.parent == Path(__file__).resolve().parent:      # a script of ours, not a notebook
-    # While torch is imported there is nothing to save: a signal ends the script quietly.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    def stop_early(number, _):                          # while torch is imported
+        os.write(2, f"stopped by {signal.Signals(number).name}; nothing was saved\n".encode())
+        os._exit(130 if number == signal.SIGINT else 0)
+
+    signal.signal(signal.SIGINT, stop_early)
     if MAIN.stem not in ("evaluate", "transfer", "experiments"):
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, stop_early)
     if BUSY:                        # threads that wait by spinning are slow beside other programs
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -79,17 +82,15 @@ class Folder:
     def crop(self, indices, crops, *key):
         """As `Images.crop`, but uint8, and a function of `key` and each image. An image that cannot
         be read is replaced by the next one that can: the indices are those really used."""
-        views = [torch.empty(len(indices), 3, crop.size, crop.size, dtype=torch.uint8)
-                 for crop in crops for _ in range(crop.count)]
-        used = indices.clone()
+        views = []
+        used = []
         broken = []
-        for k, i in enumerate(indices.tolist()):
+        for i in indices.tolist():
             image, i = self.read_next(i, broken)
             seed_all(*key, i)
-            for batch, view in zip(views, [v for crop in crops for v in crop_one(image, crop)]):
-                batch[k] = view
-            used[k] = i
-        return views, used, broken
+            views.append([view for crop in crops for view in crop_one(image, crop)])
+            used.append(i)
+        return [torch.stack(same) for same in zip(*views)], torch.tensor(used), broken
 
     def read_next(self, i, broken):
         """Image i, or the next one that can be read, and its index; adds the others to `broken`."""
@@ -101,22 +102,20 @@ class Folder:
         return torch.zeros(3, 64, 64, dtype=torch.uint8) if image is None else image, i
 
     def read(self, i):
-        """Image i as (3, H, W) uint8 RGB, or None if it cannot be read. torchvision reads JPEGs,
-        1.5 times as fast as Pillow."""
+        """Image i as (3, H, W) uint8 RGB, or None if it cannot be read."""
         path = str(self.paths[i])
         try:
             if path.lower().endswith(("jpg", "jpeg")):
                 with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
-                    warnings.simplefilter("ignore")     # deprecated, and still the fastest
+                    warnings.simplefilter("ignore")     # deprecated, but 1.5 times Pillow's speed
                     return decode_jpeg(read_file(path), mode="RGB", apply_exif_orientation=True)
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16"):       # 16-bit grey, which Pillow clips to white
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                pixels = np.array(image.convert("RGB"))
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         except Exception:                               # a broken file fails in many ways
             return None
-        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "stl10": ("STL10", "stl10_binary"),
                "cifar100": ("CIFAR100", "cifar-100-python")}
@@ -124,11 +123,10 @@ DATA = ["shapes", *TORCHVISION]
 
 @functools.lru_cache(maxsize=8)
 def load_data(name, root="data", split="train", device="cpu"):
-    """The data set `name`, one of `DATA` or a directory: an `Images` or a `Folder`.
-
-    `split` is "train" or "val", with labels, or "pretrain", which adds the unlabelled images of
-    stl10, and is every image below a directory without class folders. A directory holds
-    train/<class>/* and val/<class>/*. torchvision's sets lie in `root`, or are downloaded there."""
+    """The data set `name`, an `Images`, or a directory of train/<class>/* and val/<class>/*, a
+    `Folder`. `split` is "train" or "val", with labels, or "pretrain", which adds the unlabelled
+    images of stl10, and is every image below a directory without class folders. torchvision's sets
+    lie in `root`, or are downloaded there. Raises UserError."""
     if split == "pretrain" and name != "stl10" and has_labels(name):
         return load_data(name, root, "train", device)
     if name == "shapes":
@@ -220,11 +218,9 @@ def seed_all(*key):
         torch.cuda.manual_seed(number)
 
 class Batches:
-    """The batches of a run: `batches[step]` is a pure function of (seed, step, rank).
-
-    Every epoch is a new permutation of the images, cut into whole global batches of `batch_size`,
-    of which each process takes its slice; what is left over waits for another epoch. `len(batches)`
-    is the number of steps in an epoch. An item is what `Images.crop` returns."""
+    """The batches of a run: `batches[step]`, what `Images.crop` returns, is a pure function of
+    (seed, step, rank). Every epoch, `len(batches)` steps, is a new permutation of the images, cut
+    into whole global batches of `batch_size`, of which each process takes its slice."""
 
     def __init__(self, data, crops, batch_size, seed):
         if not 2 * WORLD_SIZE <= batch_size <= len(data) or batch_size % WORLD_SIZE:
@@ -273,8 +269,7 @@ class InOrder:
         return self.data.crop(self.pieces[i], self.crops, 0)
 
 def stream(batches, steps, workers, device):
-    """Yield `batches[step]` for each of `steps`, the crops as float32 in 0..1 on `device`. Files
-    are read in `workers` processes."""
+    """Yield `batches[step]` for each of `steps`, the crops as float32 in 0..1 on `device`."""
     workers = workers if batches.data.in_workers else 0
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers,
@@ -290,13 +285,12 @@ def _start_worker(_):
         os.close(Run.lock)
 
 def note_broken(data, broken):
-    """Name each image that could not be read once; `broken` are the indices of this process.
-    Raises UserError when they are more than 1 % of the data. All processes call it together."""
+    """Name each of the images `broken`, indices of this process, once. All processes call it
+    together. Raises UserError when more than 1 % of the data are broken."""
     for i in sum(gather_objects(broken), []):
         if i not in data.broken:
             data.broken.add(i)
-            say(f"cannot read {data.paths[i]}; another image takes its place "
-                f"({len(data.broken)} broken so far)")
+            say(f"cannot read {data.paths[i]}: another is used ({len(data.broken)} broken so far)")
         if len(data.broken) > 0.01 * len(data):
             raise UserError(f"{len(data.broken)} of {len(data)} images cannot be read, more than "
                             f"1 %; the last is {data.paths[i]}")
@@ -353,17 +347,14 @@ class CenterCrop(NamedTuple):
 
 def resize_weights(start, length, source, size, interpolation):
     """(n, size, source) weights that resample the `length` pixels from `start`, both (n,), of
-    `source` to `size`, antialiased. A negative length runs backwards, which mirrors.
-
-    The filters are Pillow's: a triangle, or Keys' cubic with a = -1/2, as wide as a source pixel or
-    a target pixel, whichever is wider."""
+    `source` to `size`, antialiased. A negative length runs backwards, which mirrors. The filters
+    are Pillow's, a triangle or Keys' cubic with a = -1/2, as wide as the wider of both pixels."""
     step = (length / size)[:, None]                                     # (n, 1)
     end = start + length
     target = torch.arange(size, device=start.device) + 0.5
     centre = start[:, None] + target * step                             # (n, size)
     pixel = torch.arange(source, device=start.device) + 0.5
-    outside = ((pixel < torch.minimum(start, end)[:, None])
-               | (pixel > torch.maximum(start, end)[:, None]))
+    outside = (pixel - start[:, None]) * (pixel - end[:, None]) > 0
     width = step.abs().clamp(min=1)
     pixel = pixel.masked_fill(outside, 1e6) / width                     # far from every target
     d = (pixel[:, None] - (centre / width)[:, :, None]).abs_()          # (n, size, source)
@@ -382,9 +373,7 @@ def resample(x, rows, columns, out=None):
     return torch.matmul(rows[:, None], y, out=out)
 
 def crop_and_resize(images, crop):
-    """`crop.count` views of each image, every one with its own box.
-
-    (N, 3, H, W) uint8, or float in 0..1 -> (count, N, 3, size, size) float32 in 0..1."""
+    """(N, 3, H, W) uint8, or float in 0..1 -> (count, N, 3, size, size) float32 in 0..1."""
     n, channels, height, width = images.shape
     scale = 255 if images.dtype == torch.uint8 else 1
     if isinstance(crop, CenterCrop) and height == width == crop.size <= 32:
@@ -411,16 +400,14 @@ def crop_one(image, crop):
         box = box.contiguous(memory_format=torch.channels_last)         # twice as fast that way
         view = F.interpolate(box, crop.size, mode=crop.interpolation, antialias=True)[0]
         mirror = crop.flip and torch.rand(()) < crop.flip
-        views.append(view.flip(2) if mirror else view)
+        views.append((view.flip(2) if mirror else view).contiguous())
     return views
 
 def chunks(x):
     """Slices of the batch `x`: on a CPU so many images as stay in its cache, which makes what is
     done to them several times faster; on a GPU the whole batch."""
-    chunk = max(1, 256 * 32 * 32 // (x.shape[2] * x.shape[3]))
-    if x.device.type != "cpu":
-        chunk = max(1, len(x))
-    return [slice(i, min(i + chunk, len(x))) for i in range(0, len(x), chunk)]
+    chunk = 256 * 32 * 32 // (x.shape[2] * x.shape[3]) if x.device.type == "cpu" else len(x)
+    return [slice(i, i + max(1, chunk)) for i in range(0, len(x), max(1, chunk))]
 
 def in_chunks(augment):
     """Decorator for a method's `augment(x, ...)`, a batch (N, 3, S, S) in 0..1 to views of the same
@@ -553,17 +540,37 @@ def normalize(x, mean, std):
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3),
           101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
 
-def layer_norm(channels):
-    """Normalises each image over (C, H, W), with a scale and an offset for each channel."""
-    return nn.GroupNorm(1, channels)
+NORMS = {"batch": nn.BatchNorm2d, "layer": functools.partial(nn.GroupNorm, 1)}  # over (C, H, W)
 
-NORMS = {"batch": nn.BatchNorm2d, "layer": layer_norm}
+def parse_arch(arch, depths=DEPTHS):
+    """"resnet50x2" -> (50, 2.0). Raises UserError, a ValueError, for anything else."""
+    match = re.fullmatch(r"resnet(\d+)(?:x(\d*\.?\d+))?", arch)
+    if not match or int(match[1]) not in depths or float(match[2] or 1) < 0.125:
+        known = ", ".join(f"resnet{depth}" for depth in depths)
+        raise UserError(f"--arch {arch}: not one of {known}, or one with a width of at least 0.125 "
+                        "(8 channels; with fewer torch crashes on CPUs): resnet50x2")
+    return int(match[1]), float(match[2] or 1)
 
 class ResNet(nn.Module):
-    """He et al. 2015, arXiv 1512.03385, of torchvision's blocks. `resnet` builds one."""
+    """He et al. 2015, arXiv 1512.03385, with torchvision's blocks and parameter names, without its
+    classifier. Called `resnet` by the scripts.
 
-    def __init__(self, depth, multiplier, norm, stem, in_channels, stem_width):
+    arch: resnet10, 18, 34, 50, 101, 152 or 200, with a width multiplier if need be: resnet50x2.
+    norm: "batch", or "layer", which shares no statistics between images. stem: "imagenet", or
+    "small" for images of 32 to 96 pixels, 3x3 without max-pooling. `zero_init` starts residual
+    branches at 0 (the last norm's scale). `in_channels` and `stem_width` are what the stem takes
+    and gives. It has `.dim`, `.maps(x)` and `.config`, the arguments that build it again. Raises
+    ValueError for anything else."""
+
+    def __init__(self, arch, norm="batch", stem="imagenet", zero_init=False, in_channels=3,
+                 stem_width=None):
         super().__init__()
+        depth, multiplier = parse_arch(arch)
+        if norm not in NORMS or stem not in ("imagenet", "small"):
+            raise ValueError(f"norm {norm!r}, stem {stem!r}: not batch or layer, imagenet or small")
+        self.config = dict(arch=arch, norm=norm, stem=stem, in_channels=in_channels,
+                           stem_width=stem_width)
+        norm = NORMS[norm]
         block = BasicBlock if depth < 50 else Bottleneck
         widths = [max(1, round(64 * multiplier * 2 ** i)) for i in range(4)]
         channels = stem_width or widths[0]
@@ -586,6 +593,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if zero_init and isinstance(module, block):
+                last = module.bn2 if block is BasicBlock else module.bn3
+                nn.init.zeros_(last.weight)
 
     def maps(self, x):
         """(N, 3, H, W) -> (N, dim, h, w), the feature maps before pooling."""
@@ -596,35 +606,7 @@ class ResNet(nn.Module):
         """(N, 3, H, W) -> (N, dim)."""
         return self.maps(x).mean((2, 3))
 
-def parse_arch(arch, depths=DEPTHS):
-    """"resnet50x2" -> (50, 2.0). Raises UserError, a ValueError, for anything else."""
-    match = re.fullmatch(r"resnet(\d+)(?:x(\d*\.?\d+))?", arch)
-    if not match or int(match[1]) not in depths or float(match[2] or 1) < 0.125:
-        known = ", ".join(f"resnet{depth}" for depth in depths)
-        raise UserError(f"--arch {arch}: not one of {known}, or one with a width of at least 0.125 "
-                        "(8 channels; with fewer torch crashes on CPUs): resnet50x2")
-    return int(match[1]), float(match[2] or 1)
-
-def resnet(arch, norm="batch", stem="imagenet", zero_init=False, in_channels=3, stem_width=None):
-    """Build a ResNet with torchvision's parameter names, without its classifier.
-
-    arch: resnet10, 18, 34, 50, 101, 152 or 200, with a width multiplier if need be: resnet50x2.
-    norm: "batch", or "layer", which shares no statistics between images. stem: "imagenet", or
-    "small" for images of 32 to 96 pixels, 3x3 without max-pooling. `zero_init` starts residual
-    branches at 0 (the last norm's scale). `in_channels` and `stem_width` are what the stem takes
-    and gives. The result has `.dim`, `.maps(x)` and `.config`, the arguments that build it again.
-    Raises ValueError for anything else."""
-    depth, multiplier = parse_arch(arch)
-    if norm not in NORMS or stem not in ("imagenet", "small"):
-        raise ValueError(f"norm {norm!r}, stem {stem!r}: not batch or layer, imagenet or small")
-    model = ResNet(depth, multiplier, NORMS[norm], stem, in_channels, stem_width)
-    model.config = dict(arch=arch, norm=norm, stem=stem, in_channels=in_channels,
-                        stem_width=stem_width)
-    for block in model.modules() if zero_init else ():
-        if isinstance(block, (BasicBlock, Bottleneck)):
-            last = block.bn2 if isinstance(block, BasicBlock) else block.bn3
-            nn.init.zeros_(last.weight)
-    return model
+resnet = ResNet
 
 # ============================================================================== 4. LARS
 
@@ -678,9 +660,8 @@ class LARS(torch.optim.Optimizer):
 @torch.no_grad()
 def larc(weights, trust_coefficient=1e-3, weight_decay=0.0, eps=1e-8):
     """The LARS of apex, called LARC there, without clipping. Between `backward` and the step of an
-    SGD without weight decay it changes each gradient g of a weight w to
-        trust_coefficient * |w| / (|g| + weight_decay * |w| + eps) * (g + weight_decay * w)
-    and leaves those alone where either norm is 0."""
+    SGD without weight decay it changes each gradient g of a weight w, unless either norm is 0, to
+        trust_coefficient * |w| / (|g| + weight_decay * |w| + eps) * (g + weight_decay * w)"""
     w = [weight for weight in weights if weight.grad is not None]
     g = [weight.grad for weight in w]
     w_norm = torch.stack(torch._foreach_norm(w))
@@ -699,7 +680,6 @@ class UserError(ValueError):
 
 class Stopped(BaseException):
     """A signal ended the run, and everything is saved."""
-
     asked = None            # the signal that asked for it
     at_once = True          # False in a training step, the end of which sees to it
 
@@ -709,7 +689,7 @@ class Stopped(BaseException):
             raise KeyboardInterrupt
         cls.asked = number
         if cls.at_once:
-            raise cls(f"stopped by {signal.Signals(number).name}")
+            raise cls(f"stopped by {signal.Signals(number).name}; there was nothing to save")
 
 def say(message):
     """Print for a person, on rank 0 alone."""
@@ -770,14 +750,13 @@ def start():
     return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
 
 def distribute(model, compiled):
-    """The model under DistributedDataParallel where there are several processes, and `compiled`.
-
-    DDP adds gradients in an order that it finds in the first backward pass. A pass of the
-    parameters alone comes first, so that the first step after resuming has the same order."""
+    """The model under DistributedDataParallel where there are several processes, and `compiled`."""
     network = model
     if WORLD_SIZE > 1:
         warnings.filterwarnings("ignore", "`broadcast_buffers`")    # renamed in torch 2.14
         network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        # DDP adds gradients in an order that it finds in the first backward pass. One pass of the
+        # parameters alone gives the first step after resuming the same order.
         forward = model.forward
         model.forward = lambda: sum(w.sum() for w in model.parameters() if w.requires_grad)
         network().backward()
@@ -789,8 +768,7 @@ def distribute(model, compiled):
 
 def launch(main, parse_args, resumes=True):
     """Run `main(parse_args(), device)` in every process, and exit: with 0 when done, 2 after a
-    user's mistake, 130 after Ctrl-C. A program that `resumes` ends with 0 after SIGTERM and SIGUSR1
-    as well, since the same command goes on."""
+    user's mistake, 130 after Ctrl-C; if it `resumes` with 0 after SIGTERM and SIGUSR1."""
     for s in SIGNALS:
         signal.signal(s, Stopped.on_signal if resumes or s == signal.SIGINT else signal.SIG_DFL)
     status = 2
@@ -858,12 +836,12 @@ class LineParser(argparse.ArgumentParser):
         raise UserError(message)
 
 class Parser(LineParser):
-    """The flags that all method scripts share. A recipe, chosen by `--data` or `--recipe`, gives
-    the defaults that `--help` shows."""
+    """The flags that all method scripts share, with the defaults of a recipe."""
 
     def __init__(self, doc, recipes, argv=None):
         super().__init__(description=doc.splitlines()[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.recipes = recipes
         self.argv = sys.argv[1:] if argv is None else argv
         if torch.cuda.is_available():
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -893,29 +871,24 @@ class Parser(LineParser):
         add("--log-every", type=count, default=10, help="steps between lines of log.jsonl")
         add("--save-every", type=whole, default=0,
             help="steps between checkpoints, besides the one that is saved every minute")
-        early = LineParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--data", default="shapes")
-        early.add_argument("--recipe")
-        early.add_argument("--version")
-        known, _ = early.parse_known_args(self.argv)
-        folder = known.data not in DATA and os.path.isdir(known.data)
-        images = len(load_folder(known.data, "pretrain")) if folder and not known.recipe else 0
-        name = known.recipe or known.data
-        if name not in recipes:
-            name = "imagenet" if images >= 50_000 else "shapes" if images else "small"
-        if known.version == "1" and f"{name}-v1" in recipes:
-            name += "-v1"
-        self.recipe = dict(recipes[name], recipe=name)
-        if 0 < images < 50_000:
-            self.recipe.update(few_images(images, recipes))
 
     def parse(self):
-        self.set_defaults(**self.recipe)
+        known, _ = self.parse_known_args([a for a in self.argv if a not in ("-h", "--help")])
+        name = known.recipe or known.data
+        few = {}
+        if not known.recipe and known.data not in DATA:
+            images = len(load_folder(known.data, "pretrain"))
+            few = few_images(images, self.recipes) if images < 50_000 else {}
+            name = "shapes" if few else "imagenet"
+        elif name not in self.recipes:
+            name = "small"
+        if getattr(known, "version", 2) == 1 and f"{name}-v1" in self.recipes:
+            name += "-v1"
+        self.set_defaults(**self.recipes[name] | dict(recipe=name) | few)
         return self.parse_args(self.argv)
 
 def few_images(n, recipes):
-    """What to change in the recipe `shapes` for a folder of `n` photographs, so that a run takes
-    some ten minutes on a laptop, or on one GPU."""
+    """Changes to the recipe `shapes` for `n` photographs: ten minutes on a laptop, or on a GPU."""
     gpu = torch.cuda.is_available()
     batch = min(256 if gpu else 64, max(16, 2 ** int(math.log2(n / 16 + 1))))
     epochs = min(400, max(10, (1_000_000 if gpu else 8_000 * os.cpu_count()) // n))
@@ -931,8 +904,7 @@ CHECKPOINT = dict(method=str, args=dict, epoch=int, step=int, encoder=dict, enco
                   input=dict, model=dict, optimizer=dict)
 
 def read_checkpoint(path):
-    """A checkpoint of ours as a dict, on the CPU. Never runs code from the file. Raises UserError
-    if it is none, or damaged."""
+    """A checkpoint of ours as a dict, on the CPU, or UserError. Never runs code from the file."""
     warnings.filterwarnings("ignore", "Detected pickle protocol")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -950,8 +922,7 @@ def read_checkpoint(path):
     return checkpoint
 
 def write_atomically(path, content):
-    """Write the bytes to a new file, then put it in the place of `path`, which is whole at any
-    time: the old file or the new one."""
+    """Write the bytes to a new file, which then replaces `path`: that is whole at any time."""
     new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
@@ -971,10 +942,9 @@ class Run:
             ...
             run.finish_step(loss, lr, z1, [x1, x2])
 
-    Its name is that of the script which defines the model. It resumes from a checkpoint that is
-    there already, made with the same settings, and saves one every minute, every `--save-every`
-    steps, before kNN accuracy is measured, at the end, and after a signal; never with a number that
-    is not finite. `mean` and `std` normalise the images; `encoder` is what is kept, if not
+    It resumes from a checkpoint that is there, made with the same settings, and saves one every
+    minute, every `--save-every` steps, before kNN accuracy is measured, at the end and after a
+    signal. `mean` and `std` normalise the images; `encoder` is what is kept, if not
     `model.encoder`. Raises UserError for a bad folder, file or loss, Stopped after a signal."""
     FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}    # may change
     SAVED = ("step", "line", "knn", "knn_untrained", "knn_pixels")
@@ -994,7 +964,7 @@ class Run:
         self.step = 0
         self.stream = None
         self.line = None            # of the log, while its kNN accuracy is being measured
-        self.knn = self.knn_untrained = self.knn_pixels = None
+        self.loss = self.knn = self.knn_untrained = self.knn_pixels = None      # the last of each
         self.labelled = has_labels(args.data)
         if self.labelled:           # a mistake in the test data should not wait for the end
             load_data(args.data, args.root, "val", self.device)
@@ -1012,13 +982,10 @@ class Run:
         if self.checkpoint.exists():
             self._resume()
         if len(set(gather_objects(self.step))) > 1:
-            raise UserError(f"--output {self.folder}: not the same folder for all processes; it "
-                            "must lie on a disk that they share")
+            raise UserError(f"--output {self.folder}: not on a disk that all processes share")
         if RANK == 0 and self.log_file.exists():
             self._trim_log()
         self.saved_at = time.perf_counter()
-        self.loss = None
-        self._start_clock()
         if self.line:               # killed while kNN accuracy was measured
             self._write_line(measure=True)
             self._save()
@@ -1027,7 +994,7 @@ class Run:
 
     def _lock(self):
         """Keep the folder for this process, until it ends or has another run."""
-        if Run.lock is not None:            # of the run before in this process
+        if Run.lock is not None:
             os.close(Run.lock)
         Run.lock = os.open(self.folder, os.O_RDONLY)
         try:
@@ -1040,8 +1007,7 @@ class Run:
     def _resume(self):
         saved = read_checkpoint(self.checkpoint)
         if saved["method"] != self.name:
-            raise UserError(f"{self.checkpoint}: made by {saved['method']}.py; give another "
-                            "--output")
+            raise UserError(f"{self.checkpoint}: made by {saved['method']}.py; change --output")
         before = dict(saved["args"], images=saved.get("images"))
         now = dict(vars(self.args), images=len(self.batches.data))
         differing = [f"--{key.replace('_', '-')} {before.get(key)} (now {now.get(key)})"
@@ -1061,8 +1027,7 @@ class Run:
         if saved["source"] != self.source:
             say(f"{self.name}.py has changed since this run began")
         if saved["processes"] != WORLD_SIZE:
-            say(f"{WORLD_SIZE} processes instead of {saved['processes']}: random numbers and the "
-                "batches of a process differ from here on")
+            say(f"{WORLD_SIZE} processes instead of {saved['processes']}: other random numbers")
 
     def _save(self):
         states = [self.model.state_dict(), *self.optimizer.state_dict()["state"].values()]
@@ -1157,7 +1122,15 @@ class Run:
             name = signal.Signals(Stopped.asked).name if Stopped.asked else "another process"
             raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same "
                           f"command resumes from {self.checkpoint}")
-        self._progress(measure)
+        now = time.perf_counter()
+        if measure or now > self.tell_at:
+            self.tell_at = now + 10
+            seconds = (now - self.began) / (self.step - self.began_at)
+            loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
+            knn = "" if self.knn is None else f"  kNN {self.knn:.1f} %"
+            say(f"epoch {self.step / len(self.batches):.1f}/{self.args.epochs}  {loss}"
+                f"{self.args.batch_size / seconds:.0f} images/s  "
+                f"{(self.total - self.step) * seconds / 60:.1f} min left{knn}")
         if last:
             Stopped.at_once = True
             self._say_result()
@@ -1208,17 +1181,6 @@ class Run:
         self.first = self.step
         self.waited = 0.0
 
-    def _progress(self, measured):
-        now = time.perf_counter()
-        if measured or now > self.tell_at:
-            self.tell_at = now + 10
-            seconds = (now - self.began) / (self.step - self.began_at)
-            loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
-            knn = "" if self.knn is None else f"  kNN {self.knn:.1f} %"
-            say(f"epoch {self.step / len(self.batches):.1f}/{self.args.epochs}  {loss}"
-                f"{self.args.batch_size / seconds:.0f} images/s  "
-                f"{(self.total - self.step) * seconds / 60:.1f} min left{knn}")
-
     def _say_result(self):
         say(f"this run is finished: {self.checkpoint}, curves.png, views.png")
         if self.knn_untrained is not None:
@@ -1237,10 +1199,9 @@ class Run:
         columns = [whole[0].cpu() / (255 if whole[0].dtype == torch.uint8 else 1)]
         columns += [view[:8].detach().float().cpu() * std + mean for view in views]
         side = max(96, self.args.size)
-        tiles = torch.stack([F.interpolate(column, side) for column in columns], 1)
-        grid = torchvision.utils.make_grid(tiles.flatten(0, 1), nrow=len(columns), pad_value=1)
+        tiles = torch.stack([F.interpolate(column, side) for column in columns], 1).flatten(0, 1)
         file = io.BytesIO()
-        torchvision.utils.save_image(grid, file, format="png")
+        torchvision.utils.save_image(tiles, file, "png", nrow=len(columns), pad_value=1)
         write_atomically(self.folder / "views.png", file.getvalue())
 
 def read_log(folder):
@@ -1248,12 +1209,10 @@ def read_log(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 def draw_curves(runs, path):
-    """Loss, kNN accuracy, spread of z and learning rate of `runs`, {name: lines of the log}, as a
-    PNG. Dashed: kNN accuracy of the untrained network; dotted: of the pixels."""
+    """Draw the curves of `runs`, {name: lines of the log}, into a PNG."""
     figure, axes = pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained")
     titles = dict(loss="loss", knn="kNN accuracy, % (dashed: untrained, dotted: pixels)",
-                  lr="learning rate",
-                  z_std="spread of z (about 1: healthy, 0: collapsed)")
+                  lr="learning rate", z_std="spread of z (about 1: healthy, 0: collapsed)")
     for i, (name, lines) in enumerate(runs.items()):
         for ax, (key, title) in zip(axes.flat, titles.items()):
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -1285,11 +1244,9 @@ def save_picture(figure, path):
 
 @torch.no_grad()
 def features(encoder, data, input, workers=0, precision="fp32"):
-    """`encoder`, in eval mode, on the test crop of every image of `data`: h (n, D) and labels (n,)
-    or None, on its device, in order. Several processes share the work, and all get the result.
-
-    `input` is a checkpoint's: size, mean, std, interpolation, and `fraction` of the central crop if
-    not 0.875. h is float32, or float16 where float32 would take more than a gigabyte."""
+    """`encoder`, in eval mode, on the test crop of every image of `data`: h (n, D), float32 or,
+    above a gigabyte, float16, and labels (n,) or None, on its device, in every process. `input` is
+    a checkpoint's: size, mean, std, interpolation, and the crop's `fraction` if not 0.875."""
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     training = encoder.training
     encoder.eval()
@@ -1313,8 +1270,7 @@ def features(encoder, data, input, workers=0, precision="fp32"):
 
 def nearest(bank, h, k):
     """For each of h (N, D) the k rows of `bank` (M, D) most similar by cosine, the best first:
-    similarities (N, k) and indices (N, k). k is cut to M. The bank is gone through in chunks, which
-    takes 300 MB at D = 2048."""
+    similarities (N, k) and indices (N, k). k is cut to M."""
     h = F.normalize(h.float(), dim=1)
     best = h.new_empty(len(h), 0)
     where = best.long()
@@ -1332,7 +1288,6 @@ def default_k(labels):
 def knn_accuracy(train_h, train_labels, h, labels, k=200, temperature=0.1):
     """Top-1 accuracy in percent of weighted k-nearest-neighbour classification (Wu et al. 2018,
     arXiv 1805.01978, section 3.4; temperature as in MoCo's CIFAR demonstration, there 0.07).
-
     train_h (M, D) and h (N, D) of any scale, labels (M,) and (N,) >= 0. Each of the k most similar
     training features votes for its class with exp(cosine / temperature). k is cut to M."""
     train_labels = train_labels.to(h.device)
