@@ -348,7 +348,7 @@ class CenterCrop(NamedTuple):
 def resize_weights(start, length, source, size, interpolation):
     """(n, size, source) weights that resample the `length` pixels from `start`, both (n,), of
     `source` to `size`, antialiased. A negative length runs backwards, which mirrors. The filters
-    are Pillow's, a triangle or Keys' cubic with a = -1/2, as wide as the wider of both pixels."""
+    are Pillow's, a triangle or Keys' cubic (a = -1/2), as wide as the larger of both pixels."""
     step = (length / size)[:, None]                                     # (n, 1)
     end = start + length
     target = torch.arange(size, device=start.device) + 0.5
@@ -459,7 +459,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8, additive=False
         amounts = [uniform(x, max(0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
         amounts.append(uniform(x, -hue, hue))
         if additive:
-            operations[0] = add_brightness
+            operations[0] = lambda x, amount: x.add_(amount).clamp_(0, 1)
             amounts[0] = uniform(x, -brightness, brightness)
         chunk = 64 if x.device.type == "cpu" else max(64, math.ceil(len(x) / 4))
         for i in range(0, len(x), chunk):
@@ -471,9 +471,6 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8, additive=False
 
 def adjust_brightness(x, factor):
     return x.mul_(factor).clamp_(0, 1)
-
-def add_brightness(x, amount):
-    return x.add_(amount).clamp_(0, 1)
 
 def adjust_contrast(x, factor):
     """Blend with the mean luma of the image."""
@@ -539,7 +536,6 @@ def normalize(x, mean, std):
 
 DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3),
           101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
-
 NORMS = {"batch": nn.BatchNorm2d, "layer": functools.partial(nn.GroupNorm, 1)}  # over (C, H, W)
 
 def parse_arch(arch, depths=DEPTHS):
@@ -935,17 +931,13 @@ def write_atomically(path, content):
         raise UserError(f"{path}: could not be written, and is as it was ({e.strerror})") from None
 
 class Run:
-    """A training run: its batches, checkpoints, log and pictures, in the folder `--output`.
-
-        for step in range(run.step, run.total):
-            x1, x2 = run.crops(step)            # of the images run.indices (N,)
-            ...
-            run.finish_step(loss, lr, z1, [x1, x2])
+    """A training run: its checkpoints, log and pictures, in the folder `--output`. Each step, from
+    `step` to `total`, calls `crops` first, whose images are `indices` (N,), and `finish_step` last.
 
     It resumes from a checkpoint that is there, made with the same settings, and saves one every
     minute, every `--save-every` steps, before kNN accuracy is measured, at the end and after a
-    signal. `mean` and `std` normalise the images; `encoder` is what is kept, if not
-    `model.encoder`. Raises UserError for a bad folder, file or loss, Stopped after a signal."""
+    signal; never with a number that is not finite. `mean` and `std` normalise the images; `encoder`
+    is what is kept, if not `model.encoder`. Raises UserError for a bad folder, file or loss."""
     FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}    # may change
     SAVED = ("step", "line", "knn", "knn_untrained", "knn_pixels")
     lock = None
@@ -1011,8 +1003,8 @@ class Run:
         before = dict(saved["args"], images=saved.get("images"))
         now = dict(vars(self.args), images=len(self.batches.data))
         differing = [f"--{key.replace('_', '-')} {before.get(key)} (now {now.get(key)})"
-                     for key in sorted(before.keys() | now.keys())
-                     if key not in self.FREE and before.get(key) != now.get(key)]
+                     for key in sorted((before.keys() | now.keys()) - self.FREE)
+                     if before.get(key) != now.get(key)]
         if differing:
             raise UserError(f"{self.checkpoint}: made with other settings: {', '.join(differing)}; "
                             "use the same or give another --output")
@@ -1221,9 +1213,9 @@ def draw_curves(runs, path):
             ax.set(title=title, xlabel="step")
             ax.grid(alpha=0.3)
         before = lines[0] if lines and lines[0]["step"] == 0 else {}
-        for value, style in (before.get("knn"), "--"), (before.get("knn_pixels"), ":"):
-            if value is not None:
-                axes[0, 1].axhline(value, linestyle=style, color=f"C{i}", alpha=0.6)
+        for key, style in ("knn", "--"), ("knn_pixels", ":"):
+            if key in before:
+                axes[0, 1].axhline(before[key], linestyle=style, color=f"C{i}", alpha=0.6)
     axes[0, 0].legend()
     axes[1, 0].set_ylim(bottom=0)
     axes[1, 1].set_ylim(0, 1.1)

@@ -189,14 +189,15 @@ def test_a_signal_saves_and_ends_the_run(finished, tmp_path, name, status):
         assert_equal_runs(tmp_path, finished)
 
 @pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 0)])
-def test_a_signal_while_torch_is_imported_ends_quietly(tmp_path, name, status):
+def test_a_signal_while_torch_is_imported_ends_in_one_line(tmp_path, name, status):
     process = subprocess.Popen(command("simclr.py", "--output", tmp_path), env=environment(),
                                stderr=subprocess.PIPE, text=True)
     maps = Path(f"/proc/{process.pid}/maps")
     wait_for(process, lambda: "libtorch_cpu" in maps.read_text())
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == status and errors == ""
+    assert process.returncode == status
+    assert errors == f"stopped by {name}; nothing was saved\n"
 
 def test_a_signal_while_knn_accuracy_is_measured_has_saved_before(tmp_path, monkeypatch):
     def interrupted(*_):
