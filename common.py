@@ -82,15 +82,17 @@ class Folder:
     def crop(self, indices, crops, *key):
         """As `Images.crop`, but uint8, and a function of `key` and each image. An image that cannot
         be read is replaced by the next one that can: the indices are those really used."""
-        views = []
-        used = []
+        views = [torch.empty(len(indices), 3, crop.size, crop.size, dtype=torch.uint8)
+                 for crop in crops for _ in range(crop.count)]
+        used = indices.clone()
         broken = []
-        for i in indices.tolist():
+        for k, i in enumerate(indices.tolist()):
             image, i = self.read_next(i, broken)
             seed_all(*key, i)
-            views.append([view for crop in crops for view in crop_one(image, crop)])
-            used.append(i)
-        return [torch.stack(same) for same in zip(*views)], torch.tensor(used), broken
+            for batch, view in zip(views, [v for crop in crops for v in crop_one(image, crop)]):
+                batch[k] = view
+            used[k] = i
+        return views, used, broken
 
     def read_next(self, i, broken):
         """Image i, or the next one that can be read, and its index; adds the others to `broken`."""
@@ -400,7 +402,7 @@ def crop_one(image, crop):
         box = box.contiguous(memory_format=torch.channels_last)         # twice as fast that way
         view = F.interpolate(box, crop.size, mode=crop.interpolation, antialias=True)[0]
         mirror = crop.flip and torch.rand(()) < crop.flip
-        views.append((view.flip(2) if mirror else view).contiguous())
+        views.append(view.flip(2) if mirror else view)
     return views
 
 def chunks(x):
