@@ -62,13 +62,13 @@ SMALL = dict(                           # ours
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
-    epochs=24, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
+    epochs=14, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
     hidden=512, dim=128,
     color_strength=2.0,                 # one tint an image, which is what the jitter removes
     additive=False,                     # sums of that strength leave nothing of the drawings
     solarize2=0.0,
     min_scale=0.4,                      # smaller crops often miss the object
-    knn_every=4,
+    knn_every=2,
 )
 RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET, "imagenet-100": IMAGENET_100,
            "imagenet-1000": IMAGENET_1000}

@@ -61,11 +61,11 @@ SMALL = dict(                           # ours, after swav.py's
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
-    epochs=22, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
+    epochs=8, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
     min_scale=0.4, small_crops=2, small_size=16, small_scale=0.2,
     num_prototypes=30, hidden=256,
     color_strength=1.0,                 # one tint an image, which is what the jitter removes
-    knn_every=4,
+    knn_every=2,
 )
 VERSION_1 = dict(version=1, large_crops=1, small_crops=0, heads=1, iterations=20)
 RECIPES = {

@@ -61,11 +61,11 @@ SMALL = dict(                           # the authors' CIFAR-10 demonstration
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
-    epochs=36, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=1,
-    queue_size=2048, temperature=0.2, bn_splits=4,
+    epochs=10, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=1,
+    queue_size=2048, temperature=0.1, bn_splits=4,
     color_strength=2.0,                 # one tint an image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
-    knn_every=5,
+    knn_every=2,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 VERSION_1 = dict(version=1, temperature=0.07, blur=0.0)                 # v1, section 3.3

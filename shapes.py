@@ -1,7 +1,7 @@
 """The embedded data set: ten classes of textured silhouettes, drawn by numpy from a seed.
 
 A class is a silhouette that carries its own texture. What varies besides is what augmentation
-removes: one pale tint an image, contrast, place, size, tilt and pixel noise. What two views of an
+removes: one pale tint an image, contrast, place, size, tilt and grey noise. What two views of an
 image share is thus the class, and little else.
 
 Geometry is float64 with + - * / and sqrt alone, which every CPU rounds alike: labels and boxes are
@@ -134,7 +134,7 @@ def _color(light, seed):
     tint = (tint / tint.max(0)).swapaxes(0, 1)          # the brightest channel 1: (count, 3, 1, 1)
     images = np.empty((count, 3, size, size), np.uint8)
     for i in np.array_split(np.arange(count), max(1, count // 500)):
-        noise = generator.random((2, len(i), 3, size, size), np.float32)
-        colored = light[i, None] * tint[i] + 0.1 * (noise[0] - noise[1])
+        noise = generator.random((2, len(i), 1, size, size), np.float32)    # grey
+        colored = light[i, None] * tint[i] + 0.08 * (noise[0] - noise[1])
         images[i] = (colored.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     return images

@@ -59,10 +59,10 @@ SMALL = dict(                           # official README, CIFAR-10 (B.9 is a Re
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
-    epochs=20, batch_size=64, lr=12.0, weight_decay=1e-6, warmup_epochs=0.5,
+    epochs=8, batch_size=64, lr=12.0, weight_decay=1e-6, warmup_epochs=0.5, temperature=0.1,
     color_strength=1.0,                 # one tint an image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
-    knn_every=4,
+    knn_every=2,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 

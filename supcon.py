@@ -54,11 +54,11 @@ IMAGENET = dict(                        # ours, not tried
     knn_every=0,
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
-    SMALL, arch="resnet10x0.25",
-    epochs=12, batch_size=64, lr=0.016, optimizer="adamw", warmup_epochs=1,
+    SMALL, arch="resnet10x0.25", size=24,
+    epochs=6, batch_size=64, lr=0.016, optimizer="adamw", warmup_epochs=1,
     color_strength=2.0,                 # one tint an image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
-    knn_every=4,
+    knn_every=2,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 

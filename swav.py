@@ -62,8 +62,8 @@ SMALL = dict(                           # ours, after solo-learn's for CIFAR-10
     knn_every=10,
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
-    SMALL, arch="resnet10x0.25",
-    epochs=14, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
+    SMALL, arch="resnet10x0.25", size=24,
+    epochs=6, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
     min_scale=0.4, small_crops=4, small_size=16, small_scale=0.2,
     num_prototypes=30, hidden=256, freeze_epochs=0.5, queue_start=1,
     epsilon=0.02,                       # with 0.05 codes stay near equal shares
