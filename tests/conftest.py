@@ -1,5 +1,5 @@
 """What the tests share: running a script as a person does, and the real images in $SSL_DATA."""
-import contextlib, functools, io, json, os, re, subprocess, sys
+import contextlib, functools, io, json, os, re, signal, subprocess, sys
 from pathlib import Path
 
 if "gpu" not in " ".join(sys.argv):             # a GPU would change precision, device and batch
@@ -155,16 +155,29 @@ def ask(task, *args):
         getattr(evaluate, task)(parsed, torch.device("cpu"))
     return json.loads(out.getvalue().splitlines()[-1])
 
-def asked_wrongly(capsys, *args):
-    """The line that `evaluate.py ...`, with a mistake in it, ends with, and status 2."""
-    import evaluate
+def wrongly(capsys, main, parse_args, args, resumes):
+    """The error line that `main`, launched in this process, ends with, alone, and status 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        arguments = list(map(str, args))
-        common.launch(evaluate.main, lambda: evaluate.parse_args(arguments), resumes=False)
+    before = [(s, signal.getsignal(s)) for s in common.SIGNALS]
+    arguments = list(map(str, args))
+    try:
+        with pytest.raises(SystemExit) as e:
+            common.launch(main, lambda: parse_args(arguments), resumes)
+    finally:
+        for s, handler in before:
+            signal.signal(s, handler)
     lines = capsys.readouterr().err.splitlines()
     assert e.value.code == 2 and len(lines) == 1 and ": error: " in lines[0], lines
     return lines[0]
+
+def asked_wrongly(capsys, *args):
+    """The line that `evaluate.py ...`, with a mistake in it, ends with."""
+    import evaluate
+    return wrongly(capsys, evaluate.main, evaluate.parse_args, args, resumes=False)
+
+def launched_wrongly(capsys, script, *args):
+    """The line that the run of `script`, a module, ends with; it cannot go on."""
+    return wrongly(capsys, script.train, script.parse_args, args, resumes=True)
 
 @pytest.fixture(scope="session")
 def real_data():

@@ -1,5 +1,5 @@
 """Nothing is lost: kills, signals, full disks and other misfortunes of runs, of every method."""
-import importlib, json, math, os, random, resource, shutil, signal, subprocess, time
+import importlib.util, json, math, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -7,13 +7,18 @@ import torch
 
 import common
 import simclr
-from conftest import METHODS, ROOT, command, environment, mistake, run, tiny, train
+from conftest import (METHODS, ROOT, command, environment, launched_wrongly, mistake, run, tiny,
+                      train)
 
 FRESH = {"images_per_second", "waiting"}        # entries of the log that differ from run to run
 OF_SIMCLR = ["--lr", "2", "--knn-every", "2"]
 
 def flags(method):
     return [*tiny(method), *(OF_SIMCLR if method == "simclr" else [])]
+
+def few_flags(method):
+    """As many steps of 40 images, for tests with the fixture `few_labelled`."""
+    return [*flags(method), "--batch-size", "40"]
 
 def result_of(folder):
     """What a run must reproduce: its checkpoint, and its log without the timings."""
@@ -75,10 +80,9 @@ DEFAULT = ["simclr", "moco"]                    # LARS; a queue and an average
 SLOW = [pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in DEFAULT]
 
 @pytest.mark.parametrize("method", [*DEFAULT, *SLOW])
-def test_a_run_that_is_killed_is_the_run_that_is_not(method, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_is_the_run_that_is_not(method, few_labelled, tmp_path):
     script = importlib.import_module(method)
-    monkeypatch.setattr(common, "draw_curves", lambda *_: None)     # takes seconds
-    args = flags(method)
+    args = few_flags(method)
     step = 5 if method == "cpc_v2" else 17
     train(script, *args, "--output", tmp_path / "whole")
     train_killed(script, *args, "--output", tmp_path / "killed", "--save-every", 3, step=step)
@@ -87,10 +91,9 @@ def test_a_run_that_is_killed_is_the_run_that_is_not(method, tmp_path, monkeypat
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """SimCLR's uninterrupted run in a process of its own."""
+    """SimCLR's uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished")
-    result = run("simclr.py", *flags("simclr"), "--output", folder)
-    assert result.returncode == 0, result.stderr
+    train(simclr, *flags("simclr"), "--output", folder)
     return folder
 
 def test_what_a_run_leaves(finished, capsys):
@@ -171,22 +174,37 @@ def test_four_processes_resume_bit_for_bit(method, tmp_path):
 
 # ------------------------------------------------------------------- signals
 
-@pytest.mark.parametrize("name,status", [
-    ("SIGTERM", 0), ("SIGINT", 130), pytest.param("SIGUSR1", 0, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_ends_the_run(finished, tmp_path, name, status):
-    args = [*flags("simclr"), "--output", tmp_path]
+def started(*args):
+    """A process of simclr.py whose log has a line of its fourth step."""
     process = subprocess.Popen(command("simclr.py", *args), env=environment(),
                                stderr=subprocess.PIPE, text=True)
-    wait_for(process, lambda: last_step(tmp_path) >= 4)
+    folder = Path(args[args.index("--output") + 1])
+    wait_for(process, lambda: last_step(folder) >= 4)
+    return process
+
+def assert_it_ends(process, name, status):
+    """The signal of that name ends the process soon, with that status and a line that says so."""
     process.send_signal(getattr(signal, name))
     start = time.time()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and time.time() - start < 10
     assert f"stopped by {name}" in errors.strip().splitlines()[-1]
     assert "Traceback" not in errors
-    if name == "SIGTERM":
-        train(simclr, *args)
-        assert_equal_runs(tmp_path, finished)
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
+def test_a_signal_saves_and_ends_the_run(finished, tmp_path, name):
+    args = [*flags("simclr"), "--output", tmp_path]
+    assert_it_ends(started(*args), name, 0)
+    train(simclr, *args)
+    assert_equal_runs(tmp_path, finished)
+
+def test_two_runs_in_one_folder_and_ctrl_c(tmp_path):
+    args = [*flags("simclr"), "--epochs", 200, "--output", tmp_path]
+    process = started(*args)
+    assert "another run is writing there" in mistake(simclr, *args)
+    assert_it_ends(process, "SIGINT", 130)
+    saved = common.read_checkpoint(tmp_path / "checkpoint.pt")
+    train_killed(simclr, *args, step=saved["step"] + 1)     # the lock went with the process
 
 @pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 0)])
 def test_a_signal_while_torch_is_imported_ends_in_one_line(tmp_path, name, status):
@@ -199,13 +217,14 @@ def test_a_signal_while_torch_is_imported_ends_in_one_line(tmp_path, name, statu
     assert process.returncode == status
     assert errors == f"stopped by {name}; nothing was saved\n"
 
-def test_a_signal_while_knn_accuracy_is_measured_has_saved_before(tmp_path, monkeypatch):
+def test_a_signal_while_knn_accuracy_is_measured_has_saved_before(few_labelled, tmp_path,
+                                                                  monkeypatch):
     def interrupted(*_):
         if os.path.exists(tmp_path / "checkpoint.pt"):
             signal.raise_signal(signal.SIGTERM)
         return torch.randn(10, 4), torch.arange(10)
 
-    args = [*flags("simclr"), "--knn-every", 1, "--output", tmp_path]
+    args = [*few_flags("simclr"), "--knn-every", 1, "--output", tmp_path]
     before = signal.signal(signal.SIGTERM, common.Stopped.on_signal)
     try:
         with monkeypatch.context() as patch, pytest.raises(common.Stopped):
@@ -242,45 +261,42 @@ def test_other_settings_scripts_and_damaged_files_are_refused(finished, tmp_path
     torch.save(saved, path)
     assert "does not fit this simclr.py" in resumed()
 
-def test_a_copied_script_has_a_run_of_its_own(tmp_path):
+def imported(path, monkeypatch):
+    """The script at `path` as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+def test_a_copied_script_has_a_run_of_its_own(few_labelled, tmp_path, monkeypatch, capsys):
     """Two traps: a copy must not report its parent's result, and a changed script must say so."""
+    monkeypatch.chdir(tmp_path)
+    original = tmp_path / "simclr.py"
+    copy = tmp_path / "barlow.py"
     source = (ROOT / "simclr.py").read_text()
-    for name in ("simclr.py", "common.py", "shapes.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    args = [*flags("simclr"), "--epochs", 1, "--knn-every", 0]
-    assert run(tmp_path / "simclr.py", *args, cwd=tmp_path).returncode == 0
-    (tmp_path / "barlow.py").write_text(source)
-    result = run(tmp_path / "barlow.py", *args, cwd=tmp_path)
-    assert result.returncode == 0 and "barlow on shapes" in result.stderr
+    args = [*few_flags("simclr"), "--epochs", 1]
+    for path in (original, copy):
+        path.write_text(source)
+        train(imported(path, monkeypatch), *args)
+        assert f"{path.stem} on shapes" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "runs")) == ["barlow-shapes-resnet10x0.125",
                                                      "simclr-shapes-resnet10x0.125"]
-    changed = source.replace("/ temperature ", "/ (2 * temperature) ")
-    (tmp_path / "simclr.py").write_text(changed)
-    result = run(tmp_path / "simclr.py", *args, cwd=tmp_path)
-    assert result.returncode == 0
-    assert "simclr.py has changed since this run began" in result.stderr
+    train(imported(original, monkeypatch), *args)
+    assert "has changed" not in capsys.readouterr().err
+    original.write_text(source.replace("/ temperature ", "/ (2 * temperature) "))
+    train(imported(original, monkeypatch), *args)
+    assert "simclr.py has changed since this run began" in capsys.readouterr().err
 
-def test_two_runs_in_one_folder(tmp_path):
-    args = [*flags("simclr"), "--output", tmp_path]
-    process = subprocess.Popen(command("simclr.py", *args), env=environment(),
-                               stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: last_step(tmp_path) >= 0)
-    assert "another run is writing there" in mistake(simclr, *args)
-    process.kill()
-    process.wait()
-    train(simclr, *args)                        # the lock went with the process
-
-def test_an_output_that_cannot_be_written(tmp_path):
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("here")
-    result = run("simclr.py", *flags("simclr"), "--output", tmp_path / "file" / "run")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "file/run: Not a directory" in result.stderr
+    told = launched_wrongly(capsys, simclr, *flags("simclr"), "--output", tmp_path / "file" / "run")
+    assert "file/run: Not a directory" in told
 
-def test_a_log_that_is_a_folder(tmp_path):
+def test_a_log_that_is_a_folder(tmp_path, capsys):
     (tmp_path / "log.jsonl").mkdir()
-    result = run("simclr.py", *flags("simclr"), "--output", tmp_path)
-    assert result.returncode == 2 and "log.jsonl: Is a directory" in result.stderr
-    assert "Traceback" not in result.stderr
+    told = launched_wrongly(capsys, simclr, *flags("simclr"), "--output", tmp_path)
+    assert "log.jsonl: Is a directory" in told
 
 def test_damaged_lines_of_a_log_go_and_whole_ones_stay(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
@@ -291,22 +307,17 @@ def test_damaged_lines_of_a_log_go_and_whole_ones_stay(finished, tmp_path):
     train(simclr, *flags("simclr"), "--output", tmp_path)
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
 
-def test_a_full_disk_leaves_the_checkpoint_before(finished, tmp_path):
-    args = [*flags("simclr"), "--output", tmp_path, "--save-every", 3]
-    process = subprocess.Popen(command("simclr.py", *args), env=environment(),
-                               stderr=subprocess.DEVNULL)
-    wait_for(process, lambda: (tmp_path / "checkpoint.pt").exists())
-    process.kill()
-    process.wait()
+def test_a_full_disk_leaves_the_checkpoint_before(few_labelled, tmp_path):
+    args = [*few_flags("simclr"), "--output", tmp_path, "--save-every", 3]
+    train_killed(simclr, *args, step=5)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    size = len(before) // 2
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))     # no file can be larger
-
-    result = run("simclr.py", *args, preexec_fn=limit)
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2 and "checkpoint.pt: could not be written" in last
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))    # of each file
+        message = mistake(simclr, *args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint.pt: could not be written" in message
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert "checkpoint.pt.new" not in os.listdir(tmp_path)
 
@@ -324,8 +335,8 @@ def test_numbers_that_are_not_finite_are_never_saved(finished, tmp_path, part, v
     assert "--lr" in message and "the last good checkpoint is in" in message
     assert path.read_bytes() == before
 
-def test_a_rate_that_is_far_too_large_leaves_no_bad_checkpoint(tmp_path):
-    message = mistake(simclr, *flags("simclr"), "--lr", "1e30", "--output", tmp_path)
+def test_a_rate_that_is_far_too_large_leaves_no_bad_checkpoint(few_labelled, tmp_path):
+    message = mistake(simclr, *few_flags("simclr"), "--lr", "1e30", "--output", tmp_path)
     assert "try a lower --lr" in message and "last good checkpoint" not in message
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -333,10 +344,10 @@ def test_another_number_of_processes_is_named(finished, tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     saved = torch.load(finished / "checkpoint.pt")
     torch.save(dict(saved, step=12, processes=2), path)
-    train(simclr, *flags("simclr"), "--output", tmp_path)
+    train_killed(simclr, *flags("simclr"), "--output", tmp_path, step=13)
     assert "1 processes instead of 2" in capsys.readouterr().err
 
-def test_a_checkpoint_is_saved_every_minute(tmp_path, monkeypatch):
+def test_a_checkpoint_is_saved_every_minute(few_labelled, tmp_path, monkeypatch):
     clock = time.perf_counter
     ticks = [0]
 
@@ -353,5 +364,5 @@ def test_a_checkpoint_is_saved_every_minute(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common.time, "perf_counter", quick)
     monkeypatch.setattr(common.Run, "_save", noting)
-    train(simclr, *flags("simclr"), "--knn-every", 0, "--output", tmp_path)
+    train(simclr, *few_flags("simclr"), "--knn-every", 0, "--output", tmp_path)
     assert len(steps) > 4 and steps[-1] == 30
