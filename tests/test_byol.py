@@ -48,7 +48,6 @@ def test_loss_of_known_cases():
     right_angle = torch.cat([-p[:, 4:], p[:, :4]], dim=1)
     assert byol.regression_loss(p, right_angle).item() == pytest.approx(2, rel=1e-12)
 
-@pytest.mark.slow
 def test_gradient_of_two_processes_is_that_of_the_whole_batch():
     two_processes("regression_loss")
 

@@ -257,7 +257,6 @@ def test_loss_of_known_cases():
     nobody = torch.full((3, 6), -100)
     assert deepcluster.cluster_prediction(z, unit(3, 5, 8), nobody, 0.1).item() == 0
 
-@pytest.mark.slow
 def test_gradient_of_two_processes_is_that_of_the_whole_batch():
     two_processes("cluster_prediction")
 
@@ -399,9 +398,11 @@ def test_version_1_clusters_images_without_labels(tmp_path):
           "--batch-size", 12, "--num-prototypes", 3, "--epochs", 1, "--output", tmp_path / "run")
     assert len(logged(tmp_path / "run", "loss")) == 2
 
-@pytest.mark.slow
 def test_two_processes_have_the_same_classifier_in_version_1():
     two_processes("version_1")
+
+def test_gradient_of_two_processes_in_version_1_is_that_of_the_whole_batch():
+    two_processes("version_1_gradient")
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_loss_is_float32_in_a_bf16_run(version, few_labelled, tmp_path, monkeypatch):

@@ -147,7 +147,6 @@ def test_two_processes_remember_as_one():
     """The banks of insdis.py, cmc.py and deepcluster.py."""
     two_processes("memory")
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["instance_softmax", "nce"])
 def test_two_processes_learn_as_one(loss):
     two_processes(loss)

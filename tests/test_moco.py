@@ -221,7 +221,6 @@ def test_keys_come_back_to_their_own_images():
 def test_two_processes_shuffle_as_one():
     two_processes("shuffling")
 
-@pytest.mark.slow
 def test_two_processes_learn_as_one():
     two_processes("info_nce")
 

@@ -59,7 +59,6 @@ def test_gradient_stops_at_z():
     simsiam.negative_cosine(p, z, stop_gradient=False).backward()
     assert z.grad.any()
 
-@pytest.mark.slow
 def test_gradient_of_two_processes_is_that_of_the_whole_batch():
     two_processes("negative_cosine")
 

@@ -93,7 +93,6 @@ def test_with_all_labels_different_it_is_nt_xent(base, factor, positives):
 def test_gradient_of_two_processes_is_that_of_the_whole_batch():
     two_processes("supervised_contrastive")
 
-@pytest.mark.slow
 def test_gradient_of_two_processes_with_the_mean_inside():
     two_processes("supervised_contrastive_in")
 

@@ -3,6 +3,7 @@
 Each process has half of a batch of 8. The gradient that DistributedDataParallel leaves must be that
 of the whole batch, which is computed first, as if in one process."""
 import copy, tempfile, traceback
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -140,12 +141,23 @@ def kmeans(_):
     others = deepcluster.spherical_kmeans(features, 7, 10)
     assert torch.allclose(others[0], centroids) and torch.equal(others[1], assignments)
 
+VERSION_1 = ["--version", "1", "--arch", "resnet10x0.125", "--size", "8", "--batch-size", "100",
+             "--num-prototypes", "6", "--epochs", "2", "--knn-every", "0", "--precision", "fp32"]
+
+def train_version_1():
+    """The first version of DeepCluster on 416 images, for 8 steps."""
+    import deepcluster
+    torch.set_default_dtype(torch.float32)
+    folder = common.gather_objects(tempfile.mkdtemp())[0]
+    draw = common.draw_shapes
+    with mock.patch.object(common, "draw_shapes", lambda n, seed: draw(n // 12, seed)):
+        deepcluster.train(deepcluster.parse_args([*VERSION_1, "--output", folder]),
+                          torch.device("cpu"))
+
 def version_1(_):
     """The first version of DeepCluster, whose classifier is drawn anew at every epoch, has the same
     one in both processes at every step."""
     import deepcluster
-    torch.set_default_dtype(torch.float32)
-    device = torch.device("cpu")
     classifiers = []
     forward = deepcluster.DeepCluster.forward
 
@@ -153,17 +165,60 @@ def version_1(_):
         classifiers.append(model.classifier.weight.detach().clone())
         return forward(model, crops)
 
-    deepcluster.DeepCluster.forward = noting
-    draw = common.draw_shapes
-    common.draw_shapes = lambda n, seed: draw(n // 12, seed)
-    folder = common.gather_objects(tempfile.mkdtemp())[0]
-    args = ["--version", "1", "--arch", "resnet10x0.125", "--size", "8", "--batch-size", "100",
-            "--num-prototypes", "6", "--epochs", "2", "--knn-every", "0", "--output", folder]
-    deepcluster.train(deepcluster.parse_args(args), device)
+    with mock.patch.object(deepcluster.DeepCluster, "forward", noting):
+        train_version_1()
     assert len(classifiers) == 8
     for mine in classifiers:
         first, second = common.gather(mine[None])
         assert torch.equal(first, second)
+
+def version_1_gradient(_):
+    """The first step of the first version of DeepCluster leaves the gradient of the whole batch:
+    of the mean of every image's cross entropy, times the weight of its cluster. The network has
+    layer norm, because batch norm would see the images of one process alone."""
+    import deepcluster
+    seen = {}
+    resnet = common.resnet
+    forward = deepcluster.DeepCluster.forward
+    cross_entropy = F.cross_entropy
+
+    def with_layer_norm(arch, stem):
+        return resnet(arch, norm="layer", stem=stem)
+
+    def noting_forward(model, crops):
+        seen.update(model=model, before=copy.deepcopy(model), x=crops[0])
+        return forward(model, crops)
+
+    def noting_labels(logits, labels, *args, **options):
+        seen.update(labels=labels)
+        return cross_entropy(logits, labels, *args, **options)
+
+    class FirstStep(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise FirstStep
+
+    with mock.patch.object(common, "resnet", with_layer_norm), \
+            mock.patch.object(deepcluster.DeepCluster, "forward", noting_forward), \
+            mock.patch.object(F, "cross_entropy", noting_labels), \
+            mock.patch.object(common.Run, "finish_step", stop):
+        try:
+            train_version_1()
+        except FirstStep:
+            pass
+    single = seen["before"]
+    single.zero_grad()
+    labels = common.gather(seen["labels"])
+    logits = forward(single, [common.gather(seen["x"])])[0]
+    assert len(labels) == len(logits) == 100
+    total = 0.0
+    for i, label in enumerate(labels):
+        p = logits[i].softmax(0)[label]
+        total -= single.weights[label] * torch.log(p)
+    (total / 100).backward()
+    for w, expected in zip(seen["model"].parameters(), single.parameters(), strict=True):
+        assert (w.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm()
 
 GRADIENTS = [nt_xent, supervised_contrastive, supervised_contrastive_in, info_nce, regression_loss,
              negative_cosine, swapped_prediction, cluster_prediction, cpc_loss, instance_softmax,
@@ -171,7 +226,8 @@ GRADIENTS = [nt_xent, supervised_contrastive, supervised_contrastive_in, info_nc
 
 if __name__ == "__main__":
     common.start()
-    for check in [*GRADIENTS, shuffling, memory, kmeans, version_1]:
+    for check in [*GRADIENTS, shuffling, memory, kmeans, version_1,
+                  version_1_gradient]:
         torch.manual_seed(0)
         try:
             gradient(check) if check in GRADIENTS else check(None)
