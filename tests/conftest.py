@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                        # the networks here are too small for more
 
 import common
+from two_at_once import pytest_runtestloop          # pytest finds it here
 
 common.draw_shapes = functools.cache(common.draw_shapes)    # the same images for every run here
 
