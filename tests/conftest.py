@@ -119,7 +119,7 @@ def two_processes(check):
     """The result of a check of two_processes.py in two processes: each has half of a batch, and
     must have the gradient of the whole one."""
     result = start_two_processes()
-    assert result.stdout.count(f"{check}: equal") == 2, result.stderr
+    assert result.stdout.splitlines().count(f"{check}: equal") == 2, result.stderr
 
 @pytest.fixture
 def few_labelled(monkeypatch):

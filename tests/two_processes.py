@@ -2,7 +2,7 @@
 
 Each process has half of a batch of 8. The gradient that DistributedDataParallel leaves must be that
 of the whole batch, which is computed first, as if in one process."""
-import copy, tempfile, traceback
+import copy, sys, tempfile, traceback
 from unittest import mock
 
 import torch
@@ -231,7 +231,8 @@ if __name__ == "__main__":
         torch.manual_seed(0)
         try:
             gradient(check) if check in GRADIENTS else check(None)
-            print(f"{check.__name__}: equal", flush=True)
+            sys.stdout.write(f"{check.__name__}: equal\n")     # at once, as the other does too
+            sys.stdout.flush()
         except Exception:
             traceback.print_exc()
     torch.distributed.barrier()
