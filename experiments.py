@@ -26,8 +26,8 @@ PROTOCOLS = dict(simclr="simclr", byol="byol", simsiam="simsiam", swav="swav", d
 # 2026-11-26; the last four of CIFAR-10 are estimates from the others.
 MINUTES = dict(
     shapes=dict(
-        simclr=0.25, moco=0.27, byol=0.38, simsiam=0.27, swav=0.78, cpc_v2=1.8, insdis=0.15,
-        cmc=0.15, deepcluster=0.45, densecl=0.33, supcon=0.42, image_mixture=0.54),
+        simclr=0.25, moco=0.27, byol=0.38, simsiam=0.27, swav=0.72, cpc_v2=1.8, insdis=0.15,
+        cmc=0.15, deepcluster=0.45, densecl=0.33, supcon=0.39, image_mixture=0.54),
     cifar10=dict(
         simclr=3.9, moco=4.4, byol=5.4, simsiam=4.1, swav=7.1, cpc_v2=20, insdis=3.4, cmc=3.5,
         deepcluster=7, densecl=5, supcon=4.2, image_mixture=8.5))
