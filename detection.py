@@ -494,9 +494,14 @@ def resume(path, settings, model, optimizer):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             step = int(saved["step"])
+            if not 0 <= step <= settings["steps"]:
+                raise ValueError(f"its step is {step} of {settings['steps']}")
+            if not all(w.isfinite().all() for w in model.state_dict().values()):
+                raise ValueError("a weight is not finite")
     except Exception as e:                      # torch raises half a dozen kinds
-        raise common.UserError(f"{path}: not a state of this detector ({common.first_line(e)}); "
-                               "give another --output") from None
+        why = common.first_line(e).split(". In PyTorch")[0]     # torch advises what is unsafe
+        raise common.UserError(f"{path}: not a state of this detector ({why}); give another "
+                               "--output") from None
     if differing:
         raise common.UserError(f"{path}: made with other settings: {', '.join(differing)}; use the "
                                "same or give another --output")
