@@ -575,7 +575,7 @@ def compare(args, device):
             raise common.UserError(f"runs of different data: {runs[0]['folder']} on {data}, "
                                    f"{run['folder']} on {run['data']}")
     every = [run["flags"] for run in runs]
-    keys = sorted(set().union(*every) - common.Run.FREE - {"recipe"})
+    keys = sorted(set().union(*every) - common.Run.FREE - {"recipe"}, key=str)
     differ = [key for key in keys if any(flags.get(key) != every[0].get(key) for flags in every)]
     scales = ", ".join(key for key in differ if key in LOSS_SCALE)
     curves = {}
@@ -609,11 +609,13 @@ def read_run(path):
         knn = {line["step"]: line["knn"] for line in log if "knn" in line}
         if not rates:
             raise ValueError("no step")
+        if not all(isinstance(value, (int, float)) for line in log for value in line.values()):
+            raise ValueError("a value that is no number")
         figures = dict(epochs=log[-1]["epoch"], untrained=knn.pop(0, None),
                        pixels=log[0].get("knn_pixels"), knn=list(knn.values())[-1] if knn else None)
         images = log[-1]["step"] * flags["batch_size"]
         figures["minutes"] = round(images / float(np.median(rates)) / 60, 2)
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as e:
         raise common.UserError(f"{folder / 'log.jsonl'}: no log of a run ({e})") from None
     data = f"{flags.get('data')} ({checkpoint.get('images')} images)"
     return dict(folder=folder, data=data, flags=flags, log=log, figures=figures)
@@ -772,6 +774,8 @@ def parse_args(argv=None):
         parser.error(f"--features z: of a trained network alone, not of --baseline {args.baseline}")
     if args.task == "neighbours" and args.count < 10:
         parser.error(f"--count {args.count}: a map needs 10 images or more")
+    if args.task == "detect" and args.data == "":
+        parser.error("--data '': not the name of a folder that holds VOCdevkit")
     if args.task == "compare" and len(args.runs) < 2:
         parser.error("compare needs two runs or more")
     return args

@@ -179,11 +179,18 @@ def test_a_run_without_labels_has_no_accuracy(copy_run):
     figures = evaluate.read_run(run)["figures"]
     assert figures["knn"] is figures["untrained"] is figures["pixels"] is None
 
+def write_line(run, **changes):
+    line = dict(epoch=1, step=4, loss=1.0, lr=0.1, images_per_second=10.0)
+    (run / "log.jsonl").write_text(json.dumps(dict(line, **changes)) + "\n")
+
 @pytest.mark.parametrize("spoil,words", [
     (lambda run: (run / "log.jsonl").unlink(), "log.jsonl: no log of a run"),
     (lambda run: (run / "log.jsonl").write_text(""), "log.jsonl: no log of a run (no step)"),
     (lambda run: (run / "log.jsonl").write_text('{"epoch": 1}\n'), "log.jsonl: no log of a run"),
     (lambda run: (run / "log.jsonl").write_text("[1]\n{"), "log.jsonl: no log of a run"),
+    (lambda run: (run / "log.jsonl").write_text("[" * 100_000), "log.jsonl: no log of a run"),
+    (lambda run: write_line(run, images_per_second=0), "log.jsonl: no log of a run"),
+    (lambda run: write_line(run, lr=[1]), "a value that is no number"),
     (lambda run: (run / "checkpoint.pt").unlink(), "checkpoint.pt"),
     (lambda run: (run / "checkpoint.pt").write_text("x"), "not a checkpoint of these scripts")])
 def test_folders_that_cannot_be_compared(copy_run, capsys, spoil, words):
