@@ -170,6 +170,8 @@ def read_projector(path, checkpoint):
     if not state or not checkpoint["args"] or not all(map(str.isdigit, numbers)):
         raise common.UserError(f"{path}: has no projector, from h to z, that one of these scripts "
                                "trained")
+    if not all(torch.is_tensor(value) and value.isfinite().all() for value in state.values()):
+        raise common.UserError(f"{path}: its projector has numbers that are not finite")
     layers = []
     for i in range(max(map(int, numbers)) + 1):
         weight = state.get(f"{i}.weight")
@@ -181,7 +183,10 @@ def read_projector(path, checkpoint):
         else:
             layers.append(nn.ReLU())
     projector = nn.Sequential(*layers)
-    projector.load_state_dict(state)
+    try:
+        projector.load_state_dict(state)
+    except RuntimeError:
+        raise common.UserError(f"{path}: the layers of its projector do not fit together") from None
     return projector.requires_grad_(False).eval()
 
 class PatchGrid(nn.Module):

@@ -213,6 +213,18 @@ def test_no_projector(checkpoint, cpc_checkpoint, tmp_path):
         with pytest.raises(common.UserError, match=f"{file}: has no projector"):
             ask("linear", file, "--features", "z", "--data", "shapes")
 
+@pytest.mark.parametrize("change,words", [
+    (lambda w: w * math.nan, "not finite"), (lambda w: "x", "not finite"),
+    (lambda w: torch.zeros(3, 5), "do not fit together")])
+def test_a_damaged_projector(checkpoint, tmp_path, capsys, change, words):
+    saved = torch.load(checkpoint)
+    for name, value in saved["model"].items():
+        if name.startswith("projector") and value.ndim == 2:
+            saved["model"][name] = change(value)
+    torch.save(saved, tmp_path / "damaged.pt")
+    told = asked_wrongly(capsys, "linear", tmp_path / "damaged.pt", "--features", "z")
+    assert words in told
+
 def test_accuracy():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1], [1, 3, 2]])
     labels = torch.tensor([0, 0, 0, 2])
@@ -426,6 +438,7 @@ def folder_of_classes(top, train, val):
     (["neighbours", "RUN", "--count", "1"], "10 images or more"),
     (["detect", "RUN", "--data", "CLASSES"], "no set trainval"),
     (["detect", "RUN", "--data", "/nowhere"], "no set trainval"),
+    (["detect", "RUN", "--data", ""], "--data ''"),
     (["detect", "RUN", "--baseline", "pixels"], "pixels"),
     (["detect", "RUN", "--rescale"], "--rescale"),
 ])
