@@ -75,6 +75,8 @@ def read(path, padding=None, view=None):
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
+    if path.is_fifo():
+        raise UserError(f"{path}: a pipe, not a file")
     content = load(path)
     if not isinstance(content, dict) or "encoder_config" not in content:
         checkpoint = read_foreign(path, content, padding, view)
@@ -84,12 +86,16 @@ def read(path, padding=None, view=None):
         checkpoint = common.read_checkpoint(path)
         checkpoint["supervised"] = checkpoint["method"] == "supcon"
     for name, value in checkpoint["encoder"].items():
-        if not is_plain(value) or not value.isfinite().all():
+        if not isinstance(name, str) or not is_plain(value) or not value.isfinite().all():
             raise UserError(f"{path}: {printable(name)} is not a tensor of finite numbers")
     given = checkpoint["input"].get
-    if not (isinstance(given("size"), int) and three_numbers(given("mean"))
-            and three_numbers(given("std")) and given("interpolation") in ("bilinear", "bicubic")):
+    std = three_numbers(given("std"))
+    if not (isinstance(given("size"), int) and given("size") > 0 and three_numbers(given("mean"))
+            and std and min(std) > 0 and given("interpolation") in ("bilinear", "bicubic")):
         raise UserError(f"{path}: its input has no size, mean, std and interpolation of use")
+    for flag, kind in dict(data=str, root=str, epochs=int).items():
+        if not isinstance(checkpoint["args"].get(flag, kind()), kind):
+            raise UserError(f"{path}: its --{flag} is {printable(checkpoint['args'][flag])}")
     return checkpoint
 
 def load(path):

@@ -720,12 +720,20 @@ def test_a_checkpoint_of_ours(method, tmp_path, capsys):
 @pytest.mark.parametrize("changes", [
     dict(encoder=3), dict(args=None), dict(encoder={"conv1.weight": 3}), dict(input={}),
     dict(encoder={3: torch.tensor(float("nan"))}), dict(method=["simclr"]),
+    dict(encoder={3: torch.zeros(1)}), dict(args=dict(data=["x"])), dict(args=dict(root=5)),
+    dict(args=dict(epochs="x")), dict(knn="high"),
+    dict(input=dict(size=0, mean=[0.0] * 3, std=[1.0] * 3, interpolation="bicubic")),
+    dict(input=dict(size=32, mean=[0.0] * 3, std=[0.0] * 3, interpolation="bicubic")),
     dict(input=dict(size="32", mean=[0.0] * 3, std=[1.0] * 3, interpolation="bicubic")),
     dict(input=dict(size=32, mean=[0.0] * 2, std=[1.0] * 3, interpolation="bicubic")),
     dict(input=dict(size=32, mean=[0.0] * 3, std=3, interpolation="bicubic")),
     dict(input=dict(size=32, mean=[0.0] * 3, std=[1.0] * 3, interpolation=[]))])
 def test_a_checkpoint_of_ours_with_fields_of_no_use(changes, tmp_path):
     refused(save(tmp_path / "checkpoint.pt", own(**changes)))
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    assert "a pipe, not a file" in refused(tmp_path)
 
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(common.UserError, match="checkpoint.pt: no such file"):
