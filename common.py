@@ -732,13 +732,16 @@ def gather_objects(x):
 def start():
     """Join the processes that torchrun started, over NCCL or gloo; returns this one's device."""
     cuda = torch.cuda.is_available()
-    if cuda and LOCAL_RANK >= torch.cuda.device_count():
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         raise UserError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs here")
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://"))
+    if "RANK" in os.environ or WORLD_SIZE != 1:
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"torchrun's RANK, WORLD_SIZE, MASTER_...: {first_line(e)}") from None
         # After a restart torchrun's store still has the addresses of the processes that died.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -780,20 +783,20 @@ def launch(main, parse_args, resumes=True):
         say(e)
         status = 130 if Stopped.asked in (None, signal.SIGINT) else 0
     except UserError as e:
-        message = str(e) if LOCAL_RANK == 0 else None
+        message = str(e) if LOCAL_RANK == 0 or WORLD_SIZE == 1 else None
         time.sleep(0 if message else 10)        # torchrun ends the others when one is gone
     except OSError as e:
         message = f"{e.filename}: {e.strerror}" if e.filename else e
     except Exception as e:
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
+        if isinstance(e, MemoryError) or re.search("(?i)(allocate|out of) memory|overflow", str(e)):
             message = f"not enough memory: {first_line(e)}"
-        elif "DataLoader worker" in str(e):
+        elif re.search(r"DataLoader worker \(pid|shared memory", str(e)):
             message = "a process that reads images was killed; fewer --workers need less memory"
         else:
             traceback.print_exc()               # here, before the workers are waited for
             status = 1
     if message:
-        print(f"{MAIN.name}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{MAIN.name}: error: {message}".replace("\n", "\\n"), file=sys.stderr, flush=True)
     sys.stdout.flush()
     if not dist.is_initialized():
         sys.exit(status)
@@ -802,12 +805,12 @@ def launch(main, parse_args, resumes=True):
     os._exit(status)                            # nothing waits for processes that are gone
 
 def number(kind, low, high=math.inf, above=False):
-    """A type for argparse: an int or float in low..high, or `above` low."""
+    """A type for argparse: an int or float in low..high, or `above` low, that float32 can hold."""
     limits = f"above {low}" if above else f"in {low}..{high}" if high < math.inf else f">= {low}"
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (above and value == low):
+        if not low <= value <= high or value > 1e38 or (above and value == low):
             raise argparse.ArgumentTypeError(f"{text!r} is not {limits}")
         return value
 
@@ -899,14 +902,15 @@ def few_images(n, recipes):
                 warmup_epochs=epochs / 20, knn_every=max(1, epochs // 5))
 
 CHECKPOINT = dict(method=str, args=dict, epoch=int, step=int, encoder=dict, encoder_config=dict,
-                  input=dict, model=dict, optimizer=dict)
+                  input=dict, model=dict, optimizer=dict, line=dict | None, knn=float | None,
+                  knn_untrained=float | None, knn_pixels=float | None)
 
 def read_checkpoint(path):
     """A checkpoint of ours as a dict, on the CPU, or UserError. Never runs code from the file."""
     warnings.filterwarnings("ignore", "Detected pickle protocol")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint[key], kind)]
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(saved.get(key), kind)]
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()            # torch.load does not look at the checksums
     except OSError:
@@ -917,7 +921,7 @@ def read_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint of these scripts")
     if damaged:
         raise UserError(f"{path}: damaged, the checksum of {damaged} is wrong")
-    return checkpoint
+    return saved
 
 def write_atomically(path, content):
     """Write the bytes to a new file, which then replaces `path`: that is whole at any time."""
@@ -1004,8 +1008,8 @@ class Run:
             raise UserError(f"{self.checkpoint}: made by {saved['method']}.py; change --output")
         before = dict(saved["args"], images=saved.get("images"))
         now = dict(vars(self.args), images=len(self.batches.data))
-        differing = [f"--{key.replace('_', '-')} {before.get(key)} (now {now.get(key)})"
-                     for key in sorted((before.keys() | now.keys()) - self.FREE)
+        differing = [f"--{str(key).replace('_', '-')} {before.get(key)} (now {now.get(key)})"
+                     for key in sorted((before.keys() | now.keys()) - self.FREE, key=str)
                      if before.get(key) != now.get(key)]
         if differing:
             raise UserError(f"{self.checkpoint}: made with other settings: {', '.join(differing)}; "
@@ -1014,14 +1018,15 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.__dict__.update({key: saved[key] for key in self.SAVED})
+            assert 0 <= self.step <= self.total, f"step {self.step} of {self.total}"
+            say(f"resuming from step {self.step} of {self.total} in {self.checkpoint}")
+            if saved["source"] != self.source:
+                say(f"{self.name}.py has changed since this run began")
+            if saved["processes"] != WORLD_SIZE:
+                say(f"{WORLD_SIZE} processes instead of {saved['processes']}: other random numbers")
         except Exception as e:      # whatever the file of another version lacks
             raise UserError(f"{self.checkpoint}: does not fit this {self.name}.py "
                             f"({first_line(e)}); give another --output") from None
-        say(f"resuming from step {self.step} of {self.total} in {self.checkpoint}")
-        if saved["source"] != self.source:
-            say(f"{self.name}.py has changed since this run began")
-        if saved["processes"] != WORLD_SIZE:
-            say(f"{WORLD_SIZE} processes instead of {saved['processes']}: other random numbers")
 
     def _save(self):
         states = [self.model.state_dict(), *self.optimizer.state_dict()["state"].values()]
@@ -1050,7 +1055,7 @@ class Run:
         before = self.log_file.read_bytes()
         kept = []
         for line in before.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 if self.step and json.loads(line)["step"] <= self.step - bool(self.line):
                     kept.append(line)
         if b"".join(kept) != before:
@@ -1200,7 +1205,7 @@ class Run:
 
 def read_log(folder):
     """The lines of a run's log as dicts."""
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_bytes().splitlines()]
 
 def draw_curves(runs, path):
     """Draw the curves of `runs`, {name: lines of the log}, into a PNG."""

@@ -2,6 +2,7 @@
 import importlib
 
 import pytest
+import torch
 
 import common
 import simclr
@@ -20,6 +21,7 @@ def parse(method, *args):
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--lr", "inf"], ["--lr", "inf"]),
     (["--temperature", "0"], ["--temperature", "above 0"]),
+    (["--color-strength", "1e39"], ["--color-strength", "1e39"]),
     (["--seed", "-3"], ["--seed", "'-3'"]),
     (["--seed", "18446744073709551616"], ["--seed", "in 0..9223372036854775807"]),
     (["--min-scale", "2"], ["--min-scale", "in 0..1"]),
@@ -35,6 +37,55 @@ def test_bad_flags_take_one_line(args, words):
 
 def test_a_mistake_ends_with_status_2():
     assert one_line(run("simclr.py", "--epochs", 0)).startswith("simclr.py: error: ")
+
+def ended_by(error, capsys):
+    """Status and standard error of a script whose work ends in `error`."""
+    def main(*_):
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        common.launch(main, lambda: None, resumes=False)
+    return e.value.code, capsys.readouterr().err
+
+@pytest.mark.parametrize("error,words", [
+    (RuntimeError("Storage size calculation overflowed with sizes=[1, 2]"), "not enough memory"),
+    (TypeError('failed with error "Overflow when unpacking long"'), "not enough memory"),
+    (RuntimeError("CUDA out of memory. Tried to allocate"), "not enough memory"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
+    (common.UserError("a name of\ntwo lines"), "a name of\\ntwo lines")])
+def test_errors_that_end_in_one_line(error, words, capsys):
+    status, told = ended_by(error, capsys)
+    assert status == 2 and told.count("\n") == 1 and words in told
+
+def test_an_error_in_a_process_that_reads_is_shown_as_it_is(capsys):
+    error = RuntimeError("Caught ValueError in DataLoader worker process 0.")
+    status, told = ended_by(error, capsys)
+    assert status == 1 and "Traceback" in told and "--workers" not in told
+
+@pytest.mark.parametrize("variables,words", [
+    (dict(RANK="0"), "WORLD_SIZE expected"),
+    (dict(RANK="0", WORLD_SIZE="2"), "MASTER_ADDR expected"),
+    (dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="http"), "http")])
+def test_some_of_torchruns_variables_are_not_enough(variables, words, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(common.UserError, match=f"torchrun.*{words}"):
+        common.start()
+
+def test_a_number_of_processes_alone_is_not_enough(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(common, "WORLD_SIZE", 2)
+    with pytest.raises(common.UserError, match="torchrun.*RANK expected"):
+        common.start()
+
+def test_more_processes_than_gpus_is_told_by_the_first_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(common.UserError, match="there are only 1 GPUs"):
+        common.start()
 
 def test_an_unknown_network_names_the_known_ones(tmp_path):
     message = mistake(simclr, "--arch", "resnet51", "--output", tmp_path)
