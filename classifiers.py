@@ -182,12 +182,13 @@ def read_projector(path, checkpoint):
             layers.append(nn.Linear(weight.shape[1], weight.shape[0], bias=f"{i}.bias" in state))
         else:
             layers.append(nn.ReLU())
-    projector = nn.Sequential(*layers)
+    projector = nn.Sequential(*layers).requires_grad_(False).eval()
     try:
         projector.load_state_dict(state)
+        projector(torch.zeros(1, next(iter(state.values())).shape[-1]))
     except RuntimeError:
         raise common.UserError(f"{path}: the layers of its projector do not fit together") from None
-    return projector.requires_grad_(False).eval()
+    return projector
 
 class PatchGrid(nn.Module):
     """The encoder on patches as in a run of cpc_v2.py: images (N, 3, H, W) -> (N, D, R, C)."""
