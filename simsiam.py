@@ -58,7 +58,7 @@ SMALL = dict(                           # appendix D, CIFAR-10
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
     epochs=14, batch_size=64, lr=12.0, optimizer="lars", weight_decay=1e-6, warmup_epochs=0.5,
-    dim=512, hidden=128,
+    dim=512, hidden=128, predictor="decayed",              # the constant rate is too high here
     color_strength=2.0,                 # one tint an image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=2,
