@@ -212,7 +212,7 @@ def test_order_of_a_step_and_the_normalizer_of_the_first_batch(few_images, tmp_p
     assert [name for name, _, _ in calls] == ["scores", "estimate_normalizer", *step[1:]] + step * 4
     _, scored, scores = calls[0]
     saved = torch.load(tmp_path / "checkpoint.pt")
-    expected = [100 * (s / 0.2).exp().mean().item() for s in scores]
+    expected = [100 * (s / 0.1).exp().mean().item() for s in scores]
     assert saved["model"]["normalizer"].tolist() == pytest.approx(expected, rel=1e-5)
     one, other = calls[2], calls[3]
     assert one[1][0] is scores[0] and other[1][0] is scores[1] and one[1][3] == 100

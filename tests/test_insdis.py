@@ -163,7 +163,7 @@ def test_order_of_a_step_and_the_normalizer_of_the_first_batch(few_images, tmp_p
     assert [name for name, _, _ in calls] == first_step + step * 9
     first = calls[0][2]
     saved = torch.load(tmp_path / "checkpoint.pt")["model"]
-    expected = 100 * (first / 0.2).exp().mean().item()
+    expected = 100 * (first / 0.1).exp().mean().item()
     assert first.shape == (20, 31)
     assert saved["normalizer"].item() == pytest.approx(expected, rel=1e-5)
     del calls[1]

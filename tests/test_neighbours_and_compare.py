@@ -151,7 +151,7 @@ def test_minutes_are_those_of_the_steps(copy_run):
                                                      knn=32.0, minutes=2.0)
 
 @pytest.mark.parametrize("changes,scales", [
-    (dict(temperature=0.1), "temperature"), (dict(batch_size=100), "batch_size"),
+    (dict(temperature=0.2), "temperature"), (dict(batch_size=100), "batch_size"),
     (dict(method="supcon"), "method")])
 def test_losses_of_different_scales_are_not_drawn(copy_run, tmp_path, monkeypatch, changes, scales):
     drawn = {}
