@@ -1210,7 +1210,7 @@ def read_log(folder):
 def draw_curves(runs, path):
     """Draw the curves of `runs`, {name: lines of the log}, into a PNG."""
     figure, axes = pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained")
-    titles = dict(loss="loss", knn="kNN accuracy, % (dashed: untrained, dotted: pixels)",
+    titles = dict(loss="loss", knn="kNN, % (dashed: untrained, dotted: pixels)",
                   lr="learning rate", z_std="spread of z (about 1: healthy, 0: collapsed)")
     for i, (name, lines) in enumerate(runs.items()):
         for ax, (key, title) in zip(axes.flat, titles.items()):
