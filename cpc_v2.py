@@ -67,8 +67,8 @@ SMALL = dict(                           # ours
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25",
     resize=56, size=48,                 # 5 x 5 patches
-    epochs=4, batch_size=16, lr=32e-3, ema_momentum=0.99, hidden=64,
-    knn_every=2,
+    epochs=2, batch_size=16, lr=32e-3, ema_momentum=0.99, hidden=64,
+    knn_every=1,
 )
 RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
