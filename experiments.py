@@ -144,8 +144,8 @@ experiment("simclr-table5", "table 5, with accuracy and entropy of the contrasti
                "10, any length": ("--loss unnormalized --temperature 10", (57.2, 91.7, 0.5)),
                "100, any length": ("--loss unnormalized --temperature 100", (57.0, 92.1, 0.5))},
            log=["contrast_accuracy", "contrast_entropy"],
-           note="0.1 is best and of those of unit length 1 is worst, as in the paper; two epochs, and "
-                "126 negatives instead of 8190. Without unit length it hardly loses here.")
+           note="0.1 is best and of those of unit length 1 is worst, as in the paper; two epochs, "
+                "and 126 negatives instead of 8190. Without unit length it hardly loses here.")
 CPC = {"version 1": "--arch resnet10x0.125 --directions 1 --norm batch --patch-augment none "
                     "--patch-size 12 --stride 9",
        "+ larger network": "--arch resnet10x0.25", "+ bottom up": "--directions 2",
