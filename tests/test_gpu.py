@@ -195,6 +195,46 @@ def test_training_on_a_gpu(tmp_path, extra):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
+def test_a_step_on_a_gpu_waits_for_nothing(method, data, tmp_path, monkeypatch):
+    """By CUDA's own account: an operation that waits for the device is an error."""
+    script = importlib.import_module(method)
+    finish = common.Run.finish_step
+    crops = common.Run.crops
+
+    def start(run, step):
+        torch.cuda.set_sync_debug_mode("error" if step == 1 else "default")
+        return crops(run, step)
+
+    def stop(run, *parts, **entries):
+        if run.step == 1:
+            torch.cuda.set_sync_debug_mode("default")
+            raise Enough
+        finish(run, *parts, **entries)
+
+    monkeypatch.setattr(common.Run, "crops", start)
+    monkeypatch.setattr(common.Run, "finish_step", stop)
+    flags = [*tiny(method), "--batch-size", "120", "--output", str(tmp_path)]
+    if method in ("moco", "densecl", "image_mixture"):
+        flags += ["--queue-size", "480"]
+    try:
+        with pytest.raises(Enough):
+            script.train(script.parse_args(flags), torch.device("cuda", 0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+@pytest.mark.gpu
+def test_evaluation_on_a_gpu(tmp_path):
+    result = run("simclr.py", *tiny("simclr"), "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for task in ("knn", "linear --epochs 1 --lr 1e-4", "linear --protocol lbfgs", "neighbours --count 50",
+                 "finetune --labels 0.1 --epochs 1 --baseline supervised --baseline-epochs 1",
+                 "detect --steps 2 --batch-size 2"):
+        name, *flags = task.split()
+        result = run("evaluate.py", name, tmp_path, *flags)
+        assert result.returncode == 0, result.stderr
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
 def test_all_gpus_of_the_machine_train(method, tmp_path):
     result = run(f"{method}.py", *tiny(method), "--output", tmp_path,
                  processes=torch.cuda.device_count())

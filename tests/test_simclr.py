@@ -318,20 +318,6 @@ def test_flags_that_go_together(tmp_path):
     assert "--augment" in mistake(simclr, "--asymmetric", "--output", tmp_path)
     assert "--loss" in mistake(simclr, "--semi-hard", "--output", tmp_path)
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("flags", [[], ["--precision", "fp32"], ["--compile"]])
-def test_training_on_a_gpu(flags, tmp_path):
-    result = run("simclr.py", *tiny("simclr"), *flags, "--output", tmp_path, timeout=400)
-    assert result.returncode == 0, result.stderr
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-def test_training_on_all_gpus(tmp_path):
-    result = run("simclr.py", *tiny("simclr"), "--output", tmp_path,
-                 processes=torch.cuda.device_count())
-    assert result.returncode == 0, result.stderr
-
 @pytest.mark.learning
 def test_it_learns(tmp_path):
     """Three epochs of the default run instead of twenty, at 16 pixels: far above the untrained
