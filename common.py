@@ -1030,8 +1030,9 @@ class Run:
 
     def _save(self):
         states = [self.model.state_dict(), *self.optimizer.state_dict()["state"].values()]
-        tensors = [v for state in states for v in state.values()
-                   if torch.is_tensor(v) and v.is_floating_point() and v.numel()]
+        tensors = [v for state in states for v in state.values() if torch.is_tensor(v)]
+        tensors = [v for v in tensors if v.is_floating_point() and v.numel()
+                   and v.device == self.device]                 # Adam's count of steps is not
         if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
             self._not_finite("a weight or a running statistic is not finite")
         if RANK == 0:

@@ -35,8 +35,10 @@ FACTORIES = {aten.new_empty.default, aten.new_zeros.default, aten.new_full.defau
              aten.ones_like.default, aten.full_like.default, aten.new_empty_strided.default}
 
 def available():
-    """Whether this torch lets a Python module be a device."""
-    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    """Whether this torch lets a Python module be a device. Beside a GPU it does not: autograd takes
+    one of the two for the only device."""
+    return (not torch.cuda.is_available()
+            and hasattr(backend_registration, "_setup_privateuseone_for_python_backend"))
 
 def _register():
     class Backend(backend_registration._DummyBackendModule):
@@ -185,8 +187,10 @@ class Counter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default or not results and not func._schema.is_mutable:
             return result
         self.count(func, args, results, ours)
-        if str(func).startswith("aten._foreach") and func._schema.is_mutable:
-            return None
+        if str(func).startswith("aten._foreach"):       # every result is where its operand is
+            return None if func._schema.is_mutable else [
+                self.wrap(value, ours) if isinstance(operand, Tensor) else value
+                for operand, value in zip(args[0], result)]
         return self.wrap(result, ours)
 
     def count(self, func, args, results, ours):

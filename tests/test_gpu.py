@@ -112,6 +112,10 @@ def test_operands_on_two_devices_are_refused():
         x = torch.ones(3).to(torch.device(pretend.NAME, 0))
         with pytest.raises(RuntimeError, match="two devices"):
             x + torch.ones(3)
+        norms = torch._foreach_norm([x, torch.tensor(1.0)])
+        assert [norm.device.type for norm in norms] == [pretend.NAME, "cpu"]
+        with pytest.raises(RuntimeError, match="two devices"):
+            torch.stack(norms)
         assert (x + 1).sum().item() == 6
 
 @needs_pretend
