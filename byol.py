@@ -23,9 +23,10 @@ Watch `z_std`, about 1 when healthy and 0 after a collapse.
 Published: ImageNet, ResNet-50, batch 4096: linear 72.5 % after 300 epochs (appendix), 74.3 % after
 1000 (table 1). Ours: RESULTS.md.
 
-Differs from the paper: the target starts as a copy of the online network, there from new weights.
-Contrast and saturation are torchvision's, resizing is antialiased, the blur mirrors the border. The
-classifier that the official code trains alongside is left out. Recipes for small images are ours.
+Differs from the paper: the target starts as a copy of the online network, there from new weights;
+residual branches start at 0 as in the released code, there not. Contrast and saturation are
+torchvision's, resizing is antialiased, the blur mirrors the border. The classifier that the
+official code trains alongside is left out. Recipes for small images are ours.
 Usage:  python byol.py    torchrun --nproc_per_node=8 byol.py --data /path/to/imagenet
 """
 import copy
@@ -62,9 +63,8 @@ SMALL = dict(                           # ours
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
-    epochs=14, batch_size=64, lr=12.0, weight_decay=1e-6, ema_momentum=0.97, warmup_epochs=0.5,
+    epochs=8, batch_size=64, lr=6.0, weight_decay=1e-4, ema_momentum=0.9, warmup_epochs=0.5,
     hidden=512, dim=128,
-    color_strength=2.0,                 # one tint an image, which is what the jitter removes
     additive=False,                     # sums of that strength leave nothing of the drawings
     solarize2=0.0,
     min_scale=0.4,                      # smaller crops often miss the object
@@ -93,7 +93,7 @@ def augment(x, strength, blur, solarize, grayscale=0.2, additive=True):
 class BYOL(nn.Module):
     def __init__(self, arch, stem, hidden, dim):
         super().__init__()
-        self.encoder = common.resnet(arch, stem=stem)
+        self.encoder = common.resnet(arch, stem=stem, zero_init=True)
         self.projector = mlp(self.encoder.dim, hidden, dim)
         self.predictor = mlp(dim, hidden, dim)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
