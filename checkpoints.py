@@ -88,11 +88,16 @@ def read(path, padding=None, view=None):
     for name, value in checkpoint["encoder"].items():
         if not isinstance(name, str) or not is_plain(value) or not value.isfinite().all():
             raise UserError(f"{path}: {printable(name)} is not a tensor of finite numbers")
+        if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise UserError(f"{path}: {printable(name)} is of {value.dtype}, which no weights are")
     given = checkpoint["input"].get
     std = three_numbers(given("std"))
+    fraction = given("fraction", 1.0)
     if not (isinstance(given("size"), int) and given("size") > 0 and three_numbers(given("mean"))
-            and std and min(std) > 0 and given("interpolation") in ("bilinear", "bicubic")):
-        raise UserError(f"{path}: its input has no size, mean, std and interpolation of use")
+            and std and min(std) > 0 and given("interpolation") in ("bilinear", "bicubic")
+            and isinstance(fraction, (int, float)) and 0.1 <= fraction <= 1):
+        raise UserError(f"{path}: its input has no size, mean, std, interpolation and fraction "
+                        "of use")
     for flag, kind in dict(data=str, root=str, epochs=int).items():
         if not isinstance(checkpoint["args"].get(flag, kind()), kind):
             raise UserError(f"{path}: its --{flag} is {printable(checkpoint['args'][flag])}")

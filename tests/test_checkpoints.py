@@ -720,6 +720,7 @@ def test_a_checkpoint_of_ours(method, tmp_path, capsys):
 @pytest.mark.parametrize("changes", [
     dict(encoder=3), dict(args=None), dict(encoder={"conv1.weight": 3}), dict(input={}),
     dict(encoder={3: torch.tensor(float("nan"))}), dict(method=["simclr"]),
+    dict(encoder={"conv1.weight": torch.ones(8, 3, 7, 7, dtype=torch.int64)}),
     dict(encoder={3: torch.zeros(1)}), dict(args=dict(data=["x"])), dict(args=dict(root=5)),
     dict(args=dict(epochs="x")), dict(knn="high"),
     dict(input=dict(size=0, mean=[0.0] * 3, std=[1.0] * 3, interpolation="bicubic")),
@@ -727,7 +728,9 @@ def test_a_checkpoint_of_ours(method, tmp_path, capsys):
     dict(input=dict(size="32", mean=[0.0] * 3, std=[1.0] * 3, interpolation="bicubic")),
     dict(input=dict(size=32, mean=[0.0] * 2, std=[1.0] * 3, interpolation="bicubic")),
     dict(input=dict(size=32, mean=[0.0] * 3, std=3, interpolation="bicubic")),
-    dict(input=dict(size=32, mean=[0.0] * 3, std=[1.0] * 3, interpolation=[]))])
+    dict(input=dict(size=32, mean=[0.0] * 3, std=[1.0] * 3, interpolation=[])),
+    *(dict(input=dict(size=64, mean=[0.0] * 3, std=[1.0] * 3, interpolation="bicubic", fraction=f))
+      for f in ("0.5", None, -1, 0, 2.0, float("nan")))])
 def test_a_checkpoint_of_ours_with_fields_of_no_use(changes, tmp_path):
     refused(save(tmp_path / "checkpoint.pt", own(**changes)))
 
