@@ -161,6 +161,8 @@ def voc_names(directory, part, years):
         raise common.UserError(f"{directory}: no set {part}; expected {files[0]}")
     names = []
     for top, file in zip(tops, files):
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise common.UserError(f"{file}: a pipe or a folder, not a file")
         try:
             listed = file.read_text(encoding="utf-8").split() if os.path.isfile(file) else []
         except UnicodeDecodeError:
@@ -173,6 +175,8 @@ def voc_names(directory, part, years):
 def read_annotation(file):
     """The objects in an annotation of VOC, [(name, box as a list, whether it is difficult)], and
     the number of boxes that had to be clipped. Raises an exception if it is damaged."""
+    if file.is_fifo():
+        raise ValueError("a pipe, not a file")
     annotation = VOCDetection.parse_voc_xml(ElementTree.parse(file).getroot())["annotation"]
     width = float(annotation["size"]["width"])
     height = float(annotation["size"]["height"])
@@ -485,6 +489,8 @@ def resume(path, settings, model, optimizer):
     if not os.path.exists(path):
         return 0
     try:
+        if not os.path.isfile(path):
+            raise ValueError("a pipe or a folder, not a file")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         differing = [f"{key} {saved['settings'].get(key)} (now {value})"
                      for key, value in settings.items() if saved["settings"].get(key) != value]

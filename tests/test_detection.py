@@ -1,6 +1,7 @@
 """detection.py: the official kit's figures, the VOC layout, the detector, its training and test."""
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -252,6 +253,10 @@ def make_annotation_a_directory(voc):
     (voc / "Annotations/1.xml").unlink()
     (voc / "Annotations/1.xml").mkdir()
 
+def make_annotation_a_pipe(voc):
+    (voc / "Annotations/1.xml").unlink()
+    os.mkfifo(voc / "Annotations/1.xml")
+
 def another_root(voc):
     (voc / "Annotations/1.xml").write_text("<note><size/></note>")
 
@@ -279,6 +284,11 @@ def unknown_class(voc):
 def no_set(voc):
     (voc / "ImageSets/Main/test.txt").unlink()
 
+def make_one_set_of_two_a_pipe(voc):
+    shutil.copytree(voc, voc.parent / "VOC2012")
+    (voc / "ImageSets/Main/trainval.txt").unlink()
+    os.mkfifo(voc / "ImageSets/Main/trainval.txt")
+
 def empty_set(voc):
     (voc / "ImageSets/Main/trainval.txt").write_text("\n")
 
@@ -297,6 +307,7 @@ def all_difficult(voc):
     (unlink_annotations, "annotations missing: 2, the first .*0.xml"),
     (cut_annotation, "annotations unreadable: 1, the first .*1.xml"),
     (make_annotation_a_directory, "annotations unreadable: 1, the first .*1.xml"),
+    (make_annotation_a_pipe, "annotations unreadable: 1, the first .*1.xml .a pipe"),
     (another_root, "annotations unreadable: 1"),
     (nest_deeply, "annotations unreadable: 1"),
     (a_box_of_words, "annotations unreadable: 1, .*sixty"),
@@ -306,6 +317,7 @@ def all_difficult(voc):
     (two_names, "annotations unreadable: 1"),
     (unknown_class, "does not have: cow"),
     (no_set, "no set test; expected .*test.txt"),
+    (make_one_set_of_two_a_pipe, "VOC2007.*trainval.txt: a pipe"),
     (empty_set, "set trainval is empty"),
     (latin_set, "test.txt: not UTF-8"),
     (set_of_long_names, "images missing: 1"),
@@ -689,6 +701,11 @@ def test_a_damaged_state_is_one_line(tmp_path, content):
     with pytest.raises(common.UserError, match="detect.pt: not a state of this detector") as e:
         train(state, scenes, steps=1)
     assert "\n" not in str(e.value) and "weights_only" not in str(e.value)
+
+def test_a_state_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "detect.pt")
+    with pytest.raises(common.UserError, match="detect.pt: not a state of this .* .a pipe"):
+        train(tmp_path / "detect.pt", detection.drawn_scenes(12, seed=1), steps=1)
 
 def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(common.UserError, match="not finite after step 2; try a lower --lr"):
