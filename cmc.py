@@ -249,7 +249,8 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
     add = parser.add_argument
     add("--view", choices=list(VIEWS), help="colour space whose channels are the views")
-    add("--width", type=common.positive, help="width of each network, times that of --arch")
+    add("--width", type=common.number(float, 0.01, 100),
+        help="width of each network, times that of --arch")
     add("--loss", choices=["nce", "softmax"], help="with a constant Z, or the softmax")
     add("--negatives", type=common.whole, help="rows drawn for each image, m; 0: the whole bank")
     add("--temperature", type=common.positive, help="softmax temperature")

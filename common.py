@@ -804,30 +804,27 @@ def launch(main, parse_args, resumes=True):
         dist.destroy_process_group()
     os._exit(status)                            # nothing waits for processes that are gone
 
-def number(kind, low, high=math.inf, above=False):
-    """A type for argparse: an int or float in low..high, or `above` low, that float32 can hold."""
-    limits = f"above {low}" if above else f"in {low}..{high}" if high < math.inf else f">= {low}"
-
+def number(kind, low, high):
+    """A type for argparse: an int or float in low..high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value > 1e38 or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {limits}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not in {low}..{high}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
-positive = number(float, 0, above=True)
-not_negative = number(float, 0)
+positive = number(float, 1e-30, 1e30)       # float32 can hold it, and lr * batch / 256
+not_negative = number(float, 0, 1e30)
 fraction = number(float, 0, 1)
-count = number(int, 1)
+count = number(int, 1, 2 ** 31 - 1)
 whole = number(int, 0, 2 ** 63 - 1)
 
 def data_name(text):
     """A data set's name or a directory, for argparse."""
     if text not in DATA and not (text and os.path.isdir(text)):
-        known = ", ".join(DATA)
-        raise argparse.ArgumentTypeError(f"{text[:200]!r} is neither {known} nor a directory")
+        raise argparse.ArgumentTypeError(f"{text[:99]!r} is neither a folder nor {', '.join(DATA)}")
     return text
 
 class LineParser(argparse.ArgumentParser):

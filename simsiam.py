@@ -198,7 +198,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
     add = parser.add_argument
     add("--optimizer", choices=["sgd", "lars"], help="the paper's is sgd")
-    add("--layers", type=common.count, help="number of layers of the projector")
+    add("--layers", type=common.number(int, 1, 100), help="number of layers of the projector")
     add("--dim", type=common.count, help="dimension of the projection")
     add("--hidden", type=common.count, help="width of the predictor's bottleneck")
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")

@@ -252,6 +252,8 @@ def test_rate_falls_in_steps(few_images, tmp_path):
 @pytest.mark.parametrize("flags,message", [
     (["--loss", "nce"], "--negatives 0: the whole bank is for --loss softmax"),
     (["--view", "rgb"], "--view"),
-    (["--width", "0"], "--width")])
+    (["--width", "0"], "--width"),
+    (["--width", "1e-9"], "--width: '1e-9' is not in 0.01..100"),
+    (["--width", "1000000"], "--width: '1000000' is not in 0.01..100")])
 def test_mistakes(tmp_path, flags, message):
     assert message in mistake(cmc, *flags, "--output", tmp_path)

@@ -249,7 +249,7 @@ def test_a_frozen_encoder_that_changes_is_noticed(checkpoint, monkeypatch, littl
         ask("linear", checkpoint, "--no-augment", "--epochs", 1)
 
 @pytest.mark.parametrize("args", [["--no-augment"], []])
-@pytest.mark.parametrize("lr", ["1e30", "1e38"])
+@pytest.mark.parametrize("lr", ["1e20", "1e30"])
 def test_a_probe_that_diverges_says_so(checkpoint, capsys, args, lr):
     told = asked_wrongly(capsys, "linear", checkpoint, "--lr", lr, "--epochs", 1, *args)
     assert "diverged" in told and "--lr" in told

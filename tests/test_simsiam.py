@@ -237,7 +237,8 @@ def test_what_collapses(flags, tmp_path):
         assert min(losses) > -0.85
 
 @pytest.mark.parametrize("flag,value", [
-    ("--layers", "0"), ("--hidden", "few"), ("--predictor", "frozen"), ("--optimizer", "adam")])
+    ("--layers", "0"), ("--layers", "1000000000"), ("--hidden", "few"), ("--predictor", "frozen"),
+    ("--optimizer", "adam")])
 def test_mistakes_name_their_flag(flag, value, tmp_path):
     message = mistake(simsiam, flag, value, "--output", tmp_path)
     assert flag in message and value in message
