@@ -38,6 +38,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from shapes import CLASSES, draw_shapes
 
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    if not os.environ.get(name, "0").isdecimal():
+        print(f"{MAIN.name}: error: {name}={os.environ[name]!r}: no whole number", file=sys.stderr)
+        sys.exit(2)
 RANK = int(os.environ.get("RANK", 0))                   # torchrun sets them
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))       # on this machine

@@ -1,5 +1,5 @@
 """The flags that all scripts share: recipes, help, and mistakes that end in one line."""
-import importlib
+import importlib, runpy
 
 import pytest
 import torch
@@ -74,6 +74,15 @@ def test_some_of_torchruns_variables_are_not_enough(variables, words, monkeypatc
         monkeypatch.setenv(name, value)
     with pytest.raises(common.UserError, match=f"torchrun.*{words}"):
         common.start()
+
+@pytest.mark.parametrize("name,value", [
+    ("RANK", "abc"), ("RANK", ""), ("WORLD_SIZE", "x1"), ("LOCAL_RANK", "zero")])
+def test_torchruns_variables_are_whole_numbers(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(common.__file__)
+    told = capsys.readouterr().err
+    assert e.value.code == 2 and told.count("\n") == 1 and f"error: {name}={value!r}" in told
 
 def test_a_number_of_processes_alone_is_not_enough(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
