@@ -601,6 +601,9 @@ def compare(args, device):
 def read_run(path):
     """Folder, data, flags, log and figures of a run."""
     folder = Path(path).parent if Path(path).is_file() else Path(path)
+    for file in (folder / "checkpoint.pt", folder / "log.jsonl"):
+        if file.is_fifo():
+            raise common.UserError(f"{file}: a pipe, not a file")
     checkpoint = common.read_checkpoint(folder / "checkpoint.pt")
     flags = dict(checkpoint["args"], method=checkpoint["method"])
     try:
@@ -659,6 +662,8 @@ def output_folder(args, name="."):
     folder = Path(args.output or (path if path.is_dir() else path.parent) / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise common.UserError(f"--output {folder}: a file, not a folder") from None
     except OSError as e:
         raise common.UserError(f"--output {folder}: {e.strerror}") from None
     return folder

@@ -419,7 +419,7 @@ def folder_of_classes(top, train, val):
     (["knn", "RUN", "--data", ""], "--data"),
     (["knn", "RUN", "--k", "0"], "--k"),
     (["knn", "RUN", "--view", "lab"], "--view"),
-    (["knn", "RUN", "--output", "FILE"], "FILE"),
+    (["knn", "RUN", "--output", "FILE"], "misfit.pt: a file, not a folder"),
     (["linear", "RUN", "--lr", "-1"], "--lr"),
     (["linear", "RUN", "--protocol", "dino"], "--protocol"),
     (["linear", "RUN", "--features", "z", "--baseline", "random"], "--features z"),

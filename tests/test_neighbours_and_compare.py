@@ -1,5 +1,6 @@
 """evaluate.py neighbours and compare, and what is in its pictures."""
 import json
+import os
 import shutil
 
 import matplotlib
@@ -183,6 +184,10 @@ def write_line(run, **changes):
     line = dict(epoch=1, step=4, loss=1.0, lr=0.1, images_per_second=10.0)
     (run / "log.jsonl").write_text(json.dumps(dict(line, **changes)) + "\n")
 
+def make_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
 @pytest.mark.parametrize("spoil,words", [
     (lambda run: (run / "log.jsonl").unlink(), "log.jsonl: no log of a run"),
     (lambda run: (run / "log.jsonl").write_text(""), "log.jsonl: no log of a run (no step)"),
@@ -191,6 +196,8 @@ def write_line(run, **changes):
     (lambda run: (run / "log.jsonl").write_text("[" * 100_000), "log.jsonl: no log of a run"),
     (lambda run: write_line(run, images_per_second=0), "log.jsonl: no log of a run"),
     (lambda run: write_line(run, lr=[1]), "a value that is no number"),
+    (lambda run: make_a_pipe(run / "log.jsonl"), "log.jsonl: a pipe"),
+    (lambda run: make_a_pipe(run / "checkpoint.pt"), "checkpoint.pt: a pipe"),
     (lambda run: (run / "checkpoint.pt").unlink(), "checkpoint.pt"),
     (lambda run: (run / "checkpoint.pt").write_text("x"), "not a checkpoint of these scripts")])
 def test_folders_that_cannot_be_compared(copy_run, capsys, spoil, words):
