@@ -975,7 +975,12 @@ class Run:
         self.folder = Path(args.output or f"runs/{self.name}-{Path(args.data).name}-{args.arch}")
         self.checkpoint = self.folder / "checkpoint.pt"
         self.log_file = self.folder / "log.jsonl"
+        if self.folder.is_file():
+            raise UserError(f"--output {self.folder}: a file, not a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.checkpoint, self.log_file):
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path}: a pipe, a device or a folder, not a file")
         if RANK == 0:
             self._lock()
         if self.checkpoint.exists():
@@ -1019,7 +1024,11 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.__dict__.update({key: saved[key] for key in self.SAVED})
-            assert 0 <= self.step <= self.total, f"step {self.step} of {self.total}"
+            for weight, state in self.optimizer.state.items():
+                shapes = {key: () if key == "step" else weight.shape for key in state}
+                assert {key: value.shape for key, value in state.items()} == shapes, "its optimizer"
+            assert self.line is None or math.isfinite(self.line["step"] + self.line["loss"]), "line"
+            assert type(self.step) is int and 0 <= self.step <= self.total, f"step {self.step}"
             say(f"resuming from step {self.step} of {self.total} in {self.checkpoint}")
             if saved["source"] != self.source:
                 say(f"{self.name}.py has changed since this run began")
@@ -1058,7 +1067,9 @@ class Run:
         kept = []
         for line in before.splitlines(keepends=True):
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                if self.step and json.loads(line)["step"] <= self.step - bool(self.line):
+                entries = dict(json.loads(line))
+                numbers = all(isinstance(value, (int, float)) for value in entries.values())
+                if self.step and numbers and entries["step"] <= self.step - bool(self.line):
                     kept.append(line)
         if b"".join(kept) != before:
             write_atomically(self.log_file, b"".join(kept))
@@ -1184,7 +1195,7 @@ class Run:
 
     def _say_result(self):
         say(f"this run is finished: {self.checkpoint}, curves.png, views.png")
-        if self.knn_untrained is not None:
+        if None not in (self.knn, self.knn_untrained, self.knn_pixels):
             say(f"kNN accuracy {self.knn:.1f} % after {self.args.epochs} epochs; untrained "
                 f"{self.knn_untrained:.1f} %, pixels {self.knn_pixels:.1f} %")
             if self.knn <= max(self.knn_untrained, self.knn_pixels):

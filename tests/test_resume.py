@@ -1,5 +1,6 @@
 """Nothing is lost: kills, signals, full disks and other misfortunes of runs, of every method."""
-import importlib.util, json, math, os, random, resource, shutil, signal, subprocess, sys, time
+import functools, importlib.util, json, math, os, random, resource, shutil, signal, subprocess
+import sys, time
 from pathlib import Path
 
 import pytest
@@ -263,7 +264,9 @@ def test_other_settings_scripts_and_damaged_files_are_refused(finished, tmp_path
 
 @pytest.mark.parametrize("changes", [
     dict(step=99), dict(step=-1), dict(line="x", step=12), dict(knn="high", knn_untrained=1.0),
-    dict(args={1: 2}), "source", "processes"])
+    dict(args={1: 2}), dict(step=True), dict(line=dict(step=10, z_std=1.0), step=12),
+    dict(line=dict(loss=1.0), step=12), dict(line=dict(step=10, loss=[1]), step=12),
+    "source", "processes"])
 def test_a_checkpoint_with_fields_of_no_use_is_refused(finished, tmp_path, changes):
     saved = torch.load(finished / "checkpoint.pt")
     if isinstance(changes, str):
@@ -272,6 +275,24 @@ def test_a_checkpoint_with_fields_of_no_use_is_refused(finished, tmp_path, chang
         saved.update(changes)
     torch.save(saved, tmp_path / "checkpoint.pt")
     assert "checkpoint.pt: " in mistake(simclr, *flags("simclr"), "--output", tmp_path)
+
+@pytest.mark.parametrize("state", [
+    dict(momentum_buffer=torch.zeros(3)), dict(momentum_buffer=torch.zeros(())),
+    dict(momentum_buffer="x"), dict(step=torch.zeros(3)), dict(step="x")])
+def test_an_optimizer_of_another_model_is_refused(finished, tmp_path, state):
+    saved = torch.load(finished / "checkpoint.pt")
+    saved["optimizer"]["state"][0] = state
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    message = mistake(simclr, *flags("simclr"), "--output", tmp_path)
+    assert "checkpoint.pt: does not fit this simclr.py" in message
+
+@pytest.mark.parametrize("missing", ["knn", "knn_pixels"])
+def test_a_result_that_is_not_whole_is_not_told(finished, tmp_path, missing, capsys):
+    saved = torch.load(finished / "checkpoint.pt")
+    torch.save(dict(saved, **{missing: None}), tmp_path / "checkpoint.pt")
+    train(simclr, *flags("simclr"), "--output", tmp_path)
+    said = capsys.readouterr().err
+    assert "this run is finished" in said and "untrained" not in said
 
 def imported(path, monkeypatch):
     """The script at `path` as a module."""
@@ -304,17 +325,24 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("here")
     told = launched_wrongly(capsys, simclr, *flags("simclr"), "--output", tmp_path / "file" / "run")
     assert "file/run: Not a directory" in told
+    told = launched_wrongly(capsys, simclr, *flags("simclr"), "--output", tmp_path / "file")
+    assert f"--output {tmp_path / 'file'}: a file, not a folder" in told
 
-def test_a_log_that_is_a_folder(tmp_path, capsys):
-    (tmp_path / "log.jsonl").mkdir()
+@pytest.mark.parametrize("name", ["checkpoint.pt", "log.jsonl"])
+@pytest.mark.parametrize("make", [
+    os.mkdir, os.mkfifo, functools.partial(os.symlink, "/dev/full"),
+    functools.partial(os.symlink, "/dev/null")])
+def test_what_is_no_file_is_neither_read_nor_written(tmp_path, capsys, name, make):
+    make(tmp_path / name)
     told = launched_wrongly(capsys, simclr, *flags("simclr"), "--output", tmp_path)
-    assert "log.jsonl: Is a directory" in told
+    assert f"{name}: a pipe, a device or a folder, not a file" in told
+    assert os.listdir(tmp_path) == [name] and not (tmp_path / name).is_file()
 
 def test_damaged_lines_of_a_log_go_and_whole_ones_stay(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
-    damaged = [lines[0], '{"step": \n', "[1]\n", '{"loss": 2}\n', *lines[1:], '{"step": 99}\n',
-               "[" * 100_000 + "\n", lines[-1][:20]]
+    damaged = [lines[0], '{"step": \n', "[1]\n", '{"loss": 2}\n', '{"step": 2, "lr": [1]}\n',
+               *lines[1:], '{"step": 99}\n', "[" * 100_000 + "\n", lines[-1][:20]]
     (tmp_path / "log.jsonl").write_text("".join(damaged))
     train(simclr, *flags("simclr"), "--output", tmp_path)
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
