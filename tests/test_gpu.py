@@ -230,7 +230,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(method, data, tmp_path, monkeypatch):
 def test_evaluation_on_a_gpu(tmp_path):
     result = run("simclr.py", *tiny("simclr"), "--output", tmp_path)
     assert result.returncode == 0, result.stderr
-    for task in ("knn", "linear --epochs 1 --lr 1e-4", "linear --protocol lbfgs", "neighbours --count 50",
+    for task in ("knn", "linear --epochs 1 --lr 1e-4", "linear --protocol lbfgs",
+                 "neighbours --count 50",
                  "finetune --labels 0.1 --epochs 1 --baseline supervised --baseline-epochs 1",
                  "detect --steps 2 --batch-size 2"):
         name, *flags = task.split()
