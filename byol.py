@@ -63,7 +63,7 @@ SMALL = dict(                           # ours
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
-    epochs=8, batch_size=64, lr=6.0, weight_decay=1e-4, ema_momentum=0.9, warmup_epochs=0.5,
+    epochs=8, batch_size=64, lr=6.0, weight_decay=1e-4, ema_momentum=0.5, warmup_epochs=0.5,
     hidden=512, dim=128,
     additive=False,                     # sums of that strength leave nothing of the drawings
     solarize2=0.0,
