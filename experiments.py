@@ -203,7 +203,7 @@ experiment("byol-figure3b", "figure 3b", "Does BYOL need its augmentations less 
     "SimCLR, crop and blur": ("simclr.py --augment crop,blur", 41.7),
     "SimCLR, crop": ("simclr.py --augment crop", 40.3)}, small="--epochs 8", paper="--epochs 300")
 experiment("byol-momentum", "table 5a", "How fast should the target follow?",
-           vary("--ema-momentum", (0, 0.9, 0.97, 0.99, 1)))
+           vary("--ema-momentum", (0, 0.5, 0.9, 0.99, 1)))
 experiment("simsiam-figure2", "figure 2", "What does the stop-gradient prevent?", {
     "stop-gradient": ("", 68.1), "without": ("--no-stop-gradient", 0.1)}, log=["z_std"],
            note="As in the paper it collapses without: kNN is below the untrained network's 30.")
