@@ -242,7 +242,7 @@ def test_rate_starts_at_a_sixteenth_and_ends_above_0(few_labelled, tmp_path):
     assert logged(tmp_path, "lr") == pytest.approx(expected)
 
 @pytest.mark.parametrize("flags,words", [
-    (["--epsilon", "0"], ["--epsilon", "above 0"]),
+    (["--epsilon", "0"], ["--epsilon", "'0' is not in"]),
     (["--min-scale", "0.1"], ["--small-scale 0.2: not below --min-scale 0.1"]),
     (["--queue-size", "10"], ["--queue-size 10: less than a batch of 64"]),
     (["--num-prototypes", "x"], ["--num-prototypes", "'x'"]),
