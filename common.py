@@ -1025,8 +1025,9 @@ class Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.__dict__.update({key: saved[key] for key in self.SAVED})
             for weight, state in self.optimizer.state.items():
-                shapes = {key: () if key == "step" else weight.shape for key in state}
-                assert {key: value.shape for key, value in state.items()} == shapes, "its optimizer"
+                assert torch.as_tensor(state.get("step", 0)).ndim == 0, "its optimizer"
+                for key in {"momentum_buffer", "exp_avg", "exp_avg_sq"} & state.keys():
+                    assert state[key].shape == weight.shape, "its optimizer"
             assert self.line is None or math.isfinite(self.line["step"] + self.line["loss"]), "line"
             assert type(self.step) is int and 0 <= self.step <= self.total, f"step {self.step}"
             say(f"resuming from step {self.step} of {self.total} in {self.checkpoint}")

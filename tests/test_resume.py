@@ -286,6 +286,13 @@ def test_an_optimizer_of_another_model_is_refused(finished, tmp_path, state):
     message = mistake(simclr, *flags("simclr"), "--output", tmp_path)
     assert "checkpoint.pt: does not fit this simclr.py" in message
 
+def test_an_optimizer_may_keep_what_is_not_shaped_like_its_weight(finished, tmp_path, capsys):
+    saved = torch.load(finished / "checkpoint.pt")
+    saved["optimizer"]["state"][0]["row_var"] = torch.zeros(3)          # Adafactor's
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    train(simclr, *flags("simclr"), "--output", tmp_path)
+    assert "this run is finished" in capsys.readouterr().err
+
 @pytest.mark.parametrize("missing", ["knn", "knn_pixels"])
 def test_a_result_that_is_not_whole_is_not_told(finished, tmp_path, missing, capsys):
     saved = torch.load(finished / "checkpoint.pt")

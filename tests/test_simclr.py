@@ -320,7 +320,7 @@ def test_flags_that_go_together(tmp_path):
 
 @pytest.mark.learning
 def test_it_learns(tmp_path):
-    """Three epochs of the default run instead of twenty, at 16 pixels: far above the untrained
+    """Three epochs of the default run instead of eight, at 16 pixels: far above the untrained
     network already."""
     result = run("simclr.py", "--epochs", 3, "--size", 16, "--output", tmp_path, threads=2)
     assert result.returncode == 0, result.stderr
