@@ -266,6 +266,7 @@ def test_other_settings_scripts_and_damaged_files_are_refused(finished, tmp_path
     dict(step=99), dict(step=-1), dict(line="x", step=12), dict(knn="high", knn_untrained=1.0),
     dict(args={1: 2}), dict(step=True), dict(line=dict(step=10, z_std=1.0), step=12),
     dict(line=dict(loss=1.0), step=12), dict(line=dict(step=10, loss=[1]), step=12),
+    dict(line=dict(step=10, loss=1.0, lr=[1]), step=12),
     "source", "processes"])
 def test_a_checkpoint_with_fields_of_no_use_is_refused(finished, tmp_path, changes):
     saved = torch.load(finished / "checkpoint.pt")
@@ -278,7 +279,8 @@ def test_a_checkpoint_with_fields_of_no_use_is_refused(finished, tmp_path, chang
 
 @pytest.mark.parametrize("state", [
     dict(momentum_buffer=torch.zeros(3)), dict(momentum_buffer=torch.zeros(())),
-    dict(momentum_buffer="x"), dict(step=torch.zeros(3)), dict(step="x")])
+    dict(momentum_buffer="x"), dict(step=torch.zeros(3)), dict(step="x"),
+    dict(step=True)])
 def test_an_optimizer_of_another_model_is_refused(finished, tmp_path, state):
     saved = torch.load(finished / "checkpoint.pt")
     saved["optimizer"]["state"][0] = state
@@ -349,7 +351,8 @@ def test_damaged_lines_of_a_log_go_and_whole_ones_stay(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
     damaged = [lines[0], '{"step": \n', "[1]\n", '{"loss": 2}\n', '{"step": 2, "lr": [1]}\n',
-               *lines[1:], '{"step": 99}\n', "[" * 100_000 + "\n", lines[-1][:20]]
+               '{"step": 2, "lr": 1%s}\n' % (400 * "0"), *lines[1:], '{"step": 99}\n',
+               "[" * 100_000 + "\n", lines[-1][:20]]
     (tmp_path / "log.jsonl").write_text("".join(damaged))
     train(simclr, *flags("simclr"), "--output", tmp_path)
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
