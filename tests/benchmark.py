@@ -13,11 +13,11 @@ libraries take part where they are installed: pip install lightly; pip install s
     augmentation, log and checkpoints: forward, loss, backward and optimizer. A ResNet-18 as for
     CIFAR, on a CPU, or the GPU where there is one. The goal is 1.05 on a CPU, 1.15 on a GPU; for
     CPC v2, which augments 49 patches an image, 1.15 on both.
-(d) Memory a GPU of the recipe `imagenet` on 8 GPUs, estimated from one and from two images on the
-    CPU: parameters, gradients, optimizer and buffers, and what autograd keeps for the backward
-    pass, in bf16, for the images of one GPU. Without the logits of the whole batch, the
-    workspaces of convolutions, and what is kept only while an operation runs. Not part of a run
-    without --only d.
+(d) Memory a GPU of every recipe, `imagenet` on 8 GPUs and `small` on one, estimated from a few
+    images on the CPU, with convolutions that give zeros: parameters, gradients, optimizer and
+    buffers, and what autograd keeps for the backward pass, in bf16, for the images of one GPU.
+    Without the logits of the whole batch, the workspaces of convolutions, and what is kept only
+    while an operation runs. Not part of a run without --only d.
 """
 import argparse, importlib, os, statistics, sys, tempfile, time
 from pathlib import Path
@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -237,18 +239,28 @@ def step(rounds, script):
     print(f"{what:62} {rates[0]:9.0f} {rates[1]:9.0f} views/s {ratio:7.3f}    at most {goal}",
           flush=True)
 
-class Imagenet(common.Images):
-    """As many images as ImageNet's training set has, of which two are different."""
+class Many(common.Images):
+    """`n` images, of which two are different."""
 
-    def __init__(self):
-        super().__init__(np.zeros((2, 3, 256, 256), np.uint8), np.zeros(2), "cpu")
+    def __init__(self, n):
+        super().__init__(np.zeros((2, 3, 256, 256), np.uint8), np.zeros(n), "cpu")
 
     def __len__(self):
-        return 1281167
+        return len(self.labels)
 
     def crop(self, indices, *rest):
         views, _, broken = super().crop(indices % 2, *rest)
         return views, indices, broken
+
+class NoConvolutions(TorchDispatchMode):
+    """Convolutions and their gradients are zeros of the right form, which takes no time."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if function not in (aten.convolution.default, aten.convolution_backward.default):
+            return function(*args, **(kwargs or {}))
+        shapes = function(*tree_map_only(torch.Tensor, lambda x: x.to("meta"), args))
+        return tree_map_only(torch.Tensor, lambda x: torch.zeros_like(x, device="cpu"), shapes)
 
 class Counted(Bare):
     """One step, which is not an epoch's first, of which the bytes that autograd keeps are noted."""
@@ -287,29 +299,28 @@ class Counted(Bare):
         tensors = [*self.model.parameters(), *self.model.buffers(), *gradients, *state]
         Counted.static_bytes = sum(t.numel() * t.element_size() for t in tensors)
 
-def memory(script):
+def memory(script, recipe):
     kept = common.Run, common.load_data
     common.Run = Counted
-    data = Imagenet()
+    data = Many(50_000 if recipe.startswith("small") else 1_281_167)    # CIFAR's, ImageNet's
     common.load_data = lambda *_: data
+    constants = script.RECIPES[recipe]
     used = []
     try:
-        for batch in (2, 3) if script.__name__ == "cpc_v2" else (2, 4):
-            flags = ["--recipe", "imagenet", "--precision", "bf16", "--batch-size", str(batch)]
-            for name in ("queue_size", "bn_splits"):
-                if name in script.RECIPES["imagenet"]:
-                    flags += [f"--{name.replace('_', '-')}", str(batch if "queue" in name else 1)]
-            script.train(script.parse_args(flags), torch.device("cpu"))
+        for batch in (2, 4):
+            flags = ["--recipe", recipe, "--precision", "bf16", "--batch-size", str(batch)]
+            flags += ["--bn-splits", "1"] if "bn_splits" in constants else []
+            with NoConvolutions():
+                script.train(script.parse_args(flags), torch.device("cpu"))
             used.append(Counted.kept_bytes)
     finally:
         common.Run, common.load_data = kept
-    recipe = script.RECIPES["imagenet"]
-    image = (used[1] - used[0]) / (1 if script.__name__ == "cpc_v2" else 2)
-    images = recipe["batch_size"] // 8
+    image = (used[1] - used[0]) / 2
+    images = constants["batch_size"] // (1 if recipe.startswith("small") else 8)
     total = Counted.static_bytes + image * images
-    print(f"{script.__name__:14} {recipe['arch']:10} {images:4} images of {image / 1e6:6.0f} MB, "
-          f"the rest {Counted.static_bytes / 1e9:5.2f} GB, together {total / 1e9:6.1f} GB",
-          flush=True)
+    print(f"{script.__name__:14} {recipe:13} {constants['arch']:10} {images:4} images of "
+          f"{image / 1e6:6.1f} MB, the rest {Counted.static_bytes / 1e9:5.2f} GB, together "
+          f"{total / 1e9:6.1f} GB", flush=True)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -335,4 +346,7 @@ if __name__ == "__main__":
             step(args.rounds, importlib.import_module(name))
     if args.only == "d":
         for name in args.scripts:
-            memory(importlib.import_module(name))
+            script = importlib.import_module(name)
+            for recipe in script.RECIPES:
+                if not recipe.startswith("shapes"):
+                    memory(script, recipe)
