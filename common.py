@@ -86,17 +86,15 @@ class Folder:
     def crop(self, indices, crops, *key):
         """As `Images.crop`, but uint8, and a function of `key` and each image. An image that cannot
         be read is replaced by the next one that can: the indices are those really used."""
-        views = [torch.empty(len(indices), 3, crop.size, crop.size, dtype=torch.uint8)
-                 for crop in crops for _ in range(crop.count)]
-        used = indices.clone()
+        views = []                                  # of each image a list
+        used = []
         broken = []
-        for k, i in enumerate(indices.tolist()):
+        for i in indices.tolist():
             image, i = self.read_next(i, broken)
             seed_all(*key, i)
-            for batch, view in zip(views, [v for crop in crops for v in crop_one(image, crop)]):
-                batch[k] = view
-            used[k] = i
-        return views, used, broken
+            views.append([view for crop in crops for view in crop_one(image, crop)])
+            used.append(i)
+        return [torch.stack(batch) for batch in zip(*views)], torch.tensor(used), broken
 
     def read_next(self, i, broken):
         """Image i, or the next one that can be read, and its index; adds the others to `broken`."""
@@ -141,22 +139,21 @@ def load_data(name, root="data", split="train", device="cpu"):
     if name not in TORCHVISION:
         return load_folder(name, split)
     class_name, folder = TORCHVISION[name]
-    make = getattr(torchvision.datasets, class_name)
     part = dict(train=split != "val")
     if name == "stl10":
         part = dict(split=dict(pretrain="train+unlabeled", train="train", val="test")[split])
+    if LOCAL_RANK > 0:
+        dist.barrier()                          # the first process of a machine downloads
     where = Path(root, folder)
     missing = not where.exists()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            if LOCAL_RANK == 0:
-                make(root, download=missing, **part)
+            data = getattr(torchvision.datasets, class_name)(root, download=missing, **part)
     except Exception as e:                      # torchvision and pickle raise many kinds
         what = "not found, and could not be downloaded" if missing else "damaged or incomplete"
-        raise UserError(f"--data {name}: {what}: {where} ({first_line(e)})") from None
-    if dist.is_initialized():
+        raise UserError(f"--data {name}: {what}: {where}, by --root ({first_line(e)})") from None
+    if LOCAL_RANK == 0 and dist.is_initialized():
         dist.barrier()
-    data = make(root, **part)
     if name == "stl10":
         return Images(data.data, data.labels, device, data.classes)
     return Images(data.data.transpose(0, 3, 1, 2), data.targets, device, data.classes)
@@ -179,9 +176,11 @@ def load_folder(directory, split):
     labels = [label for label, of_class in enumerate(files) for _ in of_class]
     if not paths:
         where = part if unlabelled else part / "<class>"
-        raise UserError(f"--data {directory}: no images; expected them in {where}")
+        what = "images" if unlabelled or classes else "labels, without which one can only train"
+        raise UserError(f"--data {directory}: no {what}; expected them in {where}")
     if unlabelled:
-        say(f"{directory}: no class folders in {top / 'train'}; images without labels")
+        hint = f"; was it --data {top.parent}?" if top.name in ("train", "val") else ""
+        say(f"{directory}: no class folders in {top / 'train'}; images without labels{hint}")
     return Folder(paths, None if unlabelled else labels, classes or None)
 
 def class_folders(part):
@@ -421,6 +420,8 @@ def in_chunks(augment):
 
     @functools.wraps(augment)
     def augment_batch(x, *args, **kwargs):
+        if not x.is_floating_point():
+            raise ValueError("images are not float in 0..1, as crop_and_resize returns them")
         views = torch.empty_like(x)
         for part in chunks(x):
             views[part] = augment(x[part].clone(), *args, **kwargs)
@@ -903,8 +904,7 @@ def few_images(n, recipes):
                 warmup_epochs=epochs / 20, knn_every=max(1, epochs // 5))
 
 CHECKPOINT = dict(method=str, args=dict, epoch=int, step=int, encoder=dict, encoder_config=dict,
-                  input=dict, model=dict, optimizer=dict, line=dict | None, knn=float | None,
-                  knn_untrained=float | None, knn_pixels=float | None)
+                  input=dict, model=dict, optimizer=dict)
 
 def read_checkpoint(path):
     """A checkpoint of ours as a dict, on the CPU, or UserError. Never runs code from the file."""
@@ -946,7 +946,6 @@ class Run:
     signal; never with a number that is not finite. `mean` and `std` normalise the images; `encoder`
     is what is kept, if not `model.encoder`. Raises UserError for a bad folder, file or loss."""
     FREE = {"output", "root", "workers", "knn_every", "log_every", "save_every"}    # may change
-    SAVED = ("step", "line", "knn", "knn_untrained", "knn_pixels")
     lock = None
 
     def __init__(self, args, model, optimizer, batches, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
@@ -962,8 +961,6 @@ class Run:
         self.total = args.epochs * len(batches)
         self.step = 0
         self.stream = None
-        self.line = None            # of the log, while its kNN accuracy is being measured
-        self.loss = self.knn = self.knn_untrained = self.knn_pixels = None      # the last of each
         self.labelled = has_labels(args.data)
         if self.labelled:           # a mistake in the test data should not wait for the end
             load_data(args.data, args.root, "val", self.device)
@@ -987,12 +984,10 @@ class Run:
             self._resume()
         if len(set(gather_objects(self.step))) > 1:
             raise UserError(f"--output {self.folder}: not on a disk that all processes share")
-        if RANK == 0 and self.log_file.exists():
-            self._trim_log()
+        self.log = gather_objects(self._read_log() if RANK == 0 else None)[0]
         self.saved_at = time.perf_counter()
-        if self.line:               # killed while kNN accuracy was measured
-            self._write_line(measure=True)
-            self._save()
+        if self.step and self._is_measured():
+            self._measure()         # unless the run was killed after that
         if self.step == self.total:
             self._say_result()
 
@@ -1023,19 +1018,17 @@ class Run:
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.__dict__.update({key: saved[key] for key in self.SAVED})
+            self.step = saved["step"]
             for weight, state in self.optimizer.state.items():
                 steps = torch.as_tensor(state.get("step", 0))
                 assert steps.ndim == 0 and steps.dtype != torch.bool, "its optimizer"
                 for key in {"momentum_buffer", "exp_avg", "exp_avg_sq"} & state.keys():
                     assert state[key].shape == weight.shape, "its optimizer"
-            if self.line is not None:
-                total = sum(self.line.values(), self.line["step"] + self.line["loss"])
-                assert math.isfinite(total), "line"
             assert type(self.step) is int and 0 <= self.step <= self.total, f"step {self.step}"
             say(f"resuming from step {self.step} of {self.total} in {self.checkpoint}")
             if saved["source"] != self.source:
-                say(f"{self.name}.py has changed since this run began")
+                say(f"{self.name}.py has changed since this run began, and what it has trained "
+                    "stays; to begin anew, delete the folder or give another --output")
             if saved["processes"] != WORLD_SIZE:
                 say(f"{WORLD_SIZE} processes instead of {saved['processes']}: other random numbers")
         except Exception as e:      # whatever the file of another version lacks
@@ -1054,8 +1047,8 @@ class Run:
                 method=self.name, args=vars(self.args), epoch=self.step // len(self.batches),
                 encoder=self.encoder.state_dict(), encoder_config=self.encoder.config,
                 input=self.input, model=self.model.state_dict(),
-                optimizer=self.optimizer.state_dict(), source=self.source, processes=WORLD_SIZE,
-                images=len(self.batches.data), **{key: getattr(self, key) for key in self.SAVED})
+                optimizer=self.optimizer.state_dict(), step=self.step, source=self.source,
+                processes=WORLD_SIZE, images=len(self.batches.data))
             file = io.BytesIO()
             torch.save(content, file)
             write_atomically(self.checkpoint, file.getvalue())
@@ -1065,18 +1058,20 @@ class Run:
         kept = f"; the last good checkpoint is in {self.folder}" if self.checkpoint.exists() else ""
         raise UserError(f"{what} after step {self.step}; try a lower --lr{kept}")
 
-    def _trim_log(self):
-        """Drop the lines that come after the checkpoint, and what is no line of a log."""
-        before = self.log_file.read_bytes()
+    def _read_log(self):
+        """The log as a list of dicts. Lines that come after the checkpoint, or are none of a log,
+        are taken out of the file."""
+        before = self.log_file.read_bytes() if self.log_file.exists() else b""
         kept = []
         for line in before.splitlines(keepends=True):
             with contextlib.suppress(Exception):        # another line fails in many ways
                 entries = dict(json.loads(line))
                 sum(entries.values(), 0.0)              # all are numbers
-                if self.step and entries["step"] <= self.step - bool(self.line):
+                if self.step and entries["step"] <= self.step:
                     kept.append(line)
         if b"".join(kept) != before:
             write_atomically(self.log_file, b"".join(kept))
+        return [json.loads(line) for line in kept]
 
     def crops(self, step):
         """The views of this step, a list of (N, 3, size, size) float32 in 0..1 on the device. All
@@ -1108,9 +1103,9 @@ class Run:
         if BUSY and self.device.type == "cpu" and torch.get_num_threads() > 1:
             say("other programs are running: OMP_NUM_THREADS=1 may be faster beside them")
         if self.step == 0 and self.labelled and args.knn_every:
-            self.knn_untrained = self._knn(self.encoder, self.input)
-            self.knn_pixels = self._knn(nn.Flatten(), dict(self.input, size=min(32, args.size)))
-            self._append(dict(epoch=0, step=0, knn=self.knn_untrained, knn_pixels=self.knn_pixels))
+            untrained = self._knn(self.encoder, self.input)
+            pixels = self._knn(nn.Flatten(), dict(self.input, size=min(32, args.size)))
+            self._append(knn=untrained, knn_pixels=pixels)
         self.stream = stream(self.batches, range(self.step, self.total), args.workers, self.device)
         self._start_clock()
         self.began = self.clock
@@ -1125,15 +1120,13 @@ class Run:
         if RANK == 0 and not (self.folder / "views.png").exists():
             self._draw_views(views)
         last = self.step == self.total
-        measure = self.labelled and (last or self._every(self.args.knn_every * len(self.batches)))
-        if last or measure or self._every(self.args.log_every):
-            self.line = self._line(lr, z, loss=loss, **entries)
-        if measure:
-            self._save()            # whatever becomes of the measurement
-        if self.line:
-            self._write_line(measure)
-        if last or measure or self.stop or self.minute or self._every(self.args.save_every):
+        measure = last or self._is_measured()
+        if measure or self._every(self.args.log_every):
+            self._log(lr, z, loss=loss, **entries)
+        if measure or self.stop or self.minute or self._every(self.args.save_every):
             self._save()
+        if measure:
+            self._measure()
         if self.stop and not last:
             name = signal.Signals(Stopped.asked).name if Stopped.asked else "another process"
             raise Stopped(f"stopped by {name} after step {self.step} of {self.total}; the same "
@@ -1142,8 +1135,9 @@ class Run:
         if measure or now > self.tell_at:
             self.tell_at = now + 10
             seconds = (now - self.began) / (self.step - self.began_at)
-            loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
-            knn = "" if self.knn is None else f"  kNN {self.knn:.1f} %"
+            latest = {key: line[key] for line in self.log[-2:] if line["step"] for key in line}
+            loss = f"loss {latest['loss']:.4f}  " if latest else ""
+            knn = f"  kNN {latest['knn']:.1f} %" if "knn" in latest else ""
             say(f"epoch {self.step / len(self.batches):.1f}/{self.args.epochs}  {loss}"
                 f"{self.args.batch_size / seconds:.0f} images/s  "
                 f"{(self.total - self.step) * seconds / 60:.1f} min left{knn}")
@@ -1154,32 +1148,39 @@ class Run:
     def _every(self, steps):
         return steps > 0 and self.step % steps == 0
 
+    def _is_measured(self):
+        """Whether kNN accuracy is measured after this step."""
+        every = self.args.knn_every * len(self.batches)
+        return self.labelled and (self.step == self.total or self._every(every))
+
+    def _measure(self):
+        """Log kNN accuracy, where there are labels, unless that is done, and draw the curves."""
+        if any(line["step"] == self.step and "knn" in line for line in self.log[-1:]):
+            return
+        if self.labelled:
+            self._append(knn=self._knn(self.encoder, self.input))
+        if RANK == 0:
+            draw_curves({self.folder.name: self.log}, self.folder / "curves.png")
+        self._start_clock()
+
     @torch.no_grad()
-    def _line(self, lr, z, **entries):
+    def _log(self, lr, z, **entries):
         """A line of the log; this is where a step waits for the device."""
         z_std = F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
         numbers = torch.stack([z_std, *(value.float() for value in entries.values())])
         z_std, *means = gather(numbers[None]).mean(0).tolist()
         seconds = time.perf_counter() - self.clock
         rate = (self.step - self.first) * self.args.batch_size / seconds
-        line = dict(epoch=self.step // len(self.batches), step=self.step, lr=lr,
-                    **dict(zip(entries, means)), z_std=round(z_std, 4),
-                    images_per_second=round(rate, 1), waiting=round(self.waited / seconds, 4))
-        if not math.isfinite(line["loss"]):
-            self._not_finite(f"the loss is {line['loss']}")
-        return line
-
-    def _write_line(self, measure):
-        if measure:
-            self.line["knn"] = self.knn = self._knn(self.encoder, self.input)
-        self._append(self.line)
-        self.loss = self.line["loss"]
-        self.line = None
-        if RANK == 0 and (measure or self.step == self.total):
-            draw_curves({self.folder.name: read_log(self.folder)}, self.folder / "curves.png")
+        entries = dict(zip(entries, means))
+        if not math.isfinite(entries["loss"]):
+            self._not_finite(f"the loss is {entries['loss']}")
+        self._append(lr=lr, **entries, z_std=round(z_std, 4), images_per_second=round(rate, 1),
+                     waiting=round(self.waited / seconds, 4))
         self._start_clock()
 
-    def _append(self, line):
+    def _append(self, **entries):
+        line = dict(epoch=self.step // len(self.batches), step=self.step, **entries)
+        self.log.append(line)
         if RANK == 0:
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -1199,12 +1200,15 @@ class Run:
 
     def _say_result(self):
         say(f"this run is finished: {self.checkpoint}, curves.png, views.png")
-        if None not in (self.knn, self.knn_untrained, self.knn_pixels):
-            say(f"kNN accuracy {self.knn:.1f} % after {self.args.epochs} epochs; untrained "
-                f"{self.knn_untrained:.1f} %, pixels {self.knn_pixels:.1f} %")
-            if self.knn <= max(self.knn_untrained, self.knn_pixels):
+        knn = [line["knn"] for line in self.log if "knn" in line]
+        pixels = [line["knn_pixels"] for line in self.log if "knn_pixels" in line]
+        if pixels:
+            say(f"kNN accuracy {knn[-1]:.1f} % after {self.args.epochs} epochs; untrained "
+                f"{knn[0]:.1f} %, pixels {pixels[0]:.1f} %")
+            if knn[-1] <= max(knn[0], pixels[0]):
                 say("this is no better than these two: try more --epochs or another --lr")
-            say(f"next: python evaluate.py linear {self.folder}")
+            few = " --protocol lbfgs" if self.args.recipe == "few images" else ""
+            say(f"next: python evaluate.py linear {self.folder}{few}")
 
     def _draw_views(self, views):
         """A row for each of the first images of the batch: the image, and its views."""

@@ -243,6 +243,7 @@ def linear(args, device):
     report(args, checkpoint, name, settings, result)
     if common.RANK == 0:
         figure = draw_confusion(logits.argmax(1), test.labels, class_names(train))
+        figure.suptitle(f"{args.protocol}: top-1 {result['top1']:.1f} %")
         save(args, figure, "z-confusion.png" if args.features == "z" else "confusion.png")
 
 def choose_rate(args, recipe, bank, make, device):
@@ -370,7 +371,8 @@ def label_subset(labels, amount, seed, balanced):
     each = isinstance(amount, int)
     number = amount * classes if each else round(amount * len(labels))
     if not classes <= number <= len(labels):
-        limit = f"fewer than the {classes} classes" if number < classes else "more than there are"
+        least = f"fewer than the {classes} classes; at least {classes / len(labels):.3g}"
+        limit = least if number < classes else "more than there are"
         raise common.UserError(f"--labels {amount}: {number} of {len(labels)} images, {limit}")
     parts = {(seed, 2): torch.arange(len(labels))}
     if balanced:
@@ -608,7 +610,7 @@ def read_run(path):
     flags = dict(checkpoint["args"], method=checkpoint["method"])
     try:
         log = common.read_log(folder)
-        rates = [line["images_per_second"] for line in log if line["step"]]
+        rates = [line["images_per_second"] for line in log if "images_per_second" in line]
         knn = {line["step"]: line["knn"] for line in log if "knn" in line}
         if not rates:
             raise ValueError("no step")

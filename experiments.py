@@ -52,7 +52,7 @@ def experiment(name, shows, asks, rows, **options):
     """shows: where the paper has it, and what. rows: label -> flags, which may begin with another
     script, or (flags, the paper's figure, or a tuple of them in the order of the columns). Rows
     that are all "row, column" are drawn as a grid. options: small, flags on shapes alone; evaluate,
-    commands; log, keys of the log's last line; minutes, of each run, for the list; equal, data ->
+    commands; log, keys of the log's end; minutes, of each run, for the list; equal, data ->
     minutes that every training shall take; note, what came out, one sentence for EXPERIMENTS.md. Of
     --scale paper alone: paper, flags; times, by what it multiplies numbers of a flag; instead, what
     other flags of ours become."""
@@ -323,13 +323,13 @@ def minutes(entry, args):
                for train in trainings) / args.jobs
 
 def result(file):
-    """What a command has left: the JSON that an evaluation ended with, or the last line of the log
-    of a finished training and its minutes; None before that."""
+    """What a command has left: the JSON that an evaluation ended with, or the end of the log of a
+    finished training and its minutes; None before that."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         if file.name != "train.out":
             return json.loads(file.read_text().splitlines()[-1])
         run = evaluate.read_run(file.parent)
-        last = dict(run["log"][-1], minutes=run["figures"]["minutes"])
+        last = run["log"][-2] | run["log"][-1] | dict(minutes=run["figures"]["minutes"])
         if "knn" in last and last["epoch"] == run["flags"]["epochs"]:
             return last
     return None

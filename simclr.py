@@ -14,10 +14,10 @@ Notation. N images in the global batch.
     f, h         encoder, h     (N, D)         the representation, what is kept
     g, z         projector, z   (N, d)         the projection, which the loss sees
     tau          temperature                   tau is the momentum of the target in BYOL
-The loss starts at ln(2N - 1), 9.01 at a batch of 4096, falls slowly and never comes near 0. The
-log's `bound`, ln(2N - 1) - loss, is the InfoNCE bound on the mutual information of two views (van
-den Oord et al. 2018, arXiv 1807.03748). Its proof asks for independent negatives; the two views of
-another image are not independent of each other, so it is an estimate. It cannot exceed ln(2N - 1).
+The loss starts at ln(2N - 1), 9.01 at a batch of 4096, or above if the temperature is low, and
+never comes near 0. The log's `bound`, ln(2N - 1) - loss, is the InfoNCE bound on the mutual
+information of two views (van den Oord et al. 2018, arXiv 1807.03748): an estimate, since the two
+views of another image are not independent negatives, and below 0 it says nothing.
 
 Published: ImageNet, ResNet-50: linear 64.5 % after 100 epochs (table 1), 69.3 % after 1000 (table
 6); CIFAR-10: 94.0 % (B.9). Ours: RESULTS.md.
@@ -157,6 +157,7 @@ def train(args, device):
         x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = network(x)                                              # (2N / W, d)
+        # Each process computes the loss of all; the mean that DDP takes is then its exact gradient.
         z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
         loss = nt_xent(z1, z2, args.temperature)
         if args.loss != "nt-xent":

@@ -199,6 +199,8 @@ def test_two_calls_of_augment_give_two_views():
     x2 = simclr.augment(x, 1.0, 0.5)
     assert torch.equal(x, before)
     assert (x1 != x2).flatten(1).any(1).float().mean() > 0.9
+    with pytest.raises(ValueError, match="not float in 0..1"):
+        simclr.augment((255 * x).byte(), 1.0, 0.5)
 
 def test_augmented_batches_have_the_distribution_of_the_pillow_pipeline():
     """Statistics of 2,000 views, ours against torchvision's transforms of Pillow images."""

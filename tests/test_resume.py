@@ -33,8 +33,8 @@ def assert_equal_runs(a, b):
     one, log = result_of(a)
     other, other_log = result_of(b)
     assert log == other_log
-    steps = [line["step"] for line in log]
-    assert steps == sorted(set(steps))
+    lines = [(line["step"], "knn" in line) for line in log]
+    assert lines == sorted(set(lines))
     for part in ("encoder", "model"):
         assert one[part].keys() == other[part].keys()
         assert all(torch.equal(one[part][key], other[part][key]) for key in one[part])
@@ -101,7 +101,7 @@ def test_what_a_run_leaves(finished, capsys):
     checkpoint, lines = result_of(finished)
     names = ["checkpoint.pt", "curves.png", "log.jsonl", "views.png"]
     assert sorted(os.listdir(finished)) == names
-    assert [line["step"] for line in lines] == [0, 4, 8, 12, 16, 20, 24, 28, 30]
+    assert [line["step"] for line in lines] == [0, 4, 8, 12, 16, 20, 20, 24, 28, 30, 30]
     assert [line["step"] for line in lines if "knn" in line] == [0, 20, 30]
     assert set(lines[0]) == {"epoch", "step", "knn", "knn_pixels"}
     assert {"epoch", "step", "loss", "lr", "z_std", "bound"} <= set(lines[1])
@@ -263,11 +263,8 @@ def test_other_settings_scripts_and_damaged_files_are_refused(finished, tmp_path
     assert "does not fit this simclr.py" in resumed()
 
 @pytest.mark.parametrize("changes", [
-    dict(step=99), dict(step=-1), dict(line="x", step=12), dict(knn="high", knn_untrained=1.0),
-    dict(args={1: 2}), dict(step=True), dict(line=dict(step=10, z_std=1.0), step=12),
-    dict(line=dict(loss=1.0), step=12), dict(line=dict(step=10, loss=[1]), step=12),
-    dict(line=dict(step=10, loss=1.0, lr=[1]), step=12),
-    "source", "processes"])
+    dict(step=99), dict(step=-1), dict(step="x"), dict(args={1: 2}), dict(step=True), "source",
+    "processes"])
 def test_a_checkpoint_with_fields_of_no_use_is_refused(finished, tmp_path, changes):
     saved = torch.load(finished / "checkpoint.pt")
     if isinstance(changes, str):
@@ -295,13 +292,12 @@ def test_an_optimizer_may_keep_what_is_not_shaped_like_its_weight(finished, tmp_
     train(simclr, *flags("simclr"), "--output", tmp_path)
     assert "this run is finished" in capsys.readouterr().err
 
-@pytest.mark.parametrize("missing", ["knn", "knn_pixels"])
-def test_a_result_that_is_not_whole_is_not_told(finished, tmp_path, missing, capsys):
-    saved = torch.load(finished / "checkpoint.pt")
-    torch.save(dict(saved, **{missing: None}), tmp_path / "checkpoint.pt")
+def test_a_finished_run_without_its_log_is_measured_again(finished, tmp_path, capsys):
+    shutil.copyfile(finished / "checkpoint.pt", tmp_path / "checkpoint.pt")
     train(simclr, *flags("simclr"), "--output", tmp_path)
     said = capsys.readouterr().err
     assert "this run is finished" in said and "untrained" not in said
+    assert result_of(tmp_path)[1] == result_of(finished)[1][-1:]
 
 def imported(path, monkeypatch):
     """The script at `path` as a module."""
