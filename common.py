@@ -23,6 +23,7 @@ if MAIN.parent == Path(__file__).resolve().parent:      # a script of ours, not 
     signal.signal(signal.SIGINT, stop_early)
     if MAIN.stem not in ("evaluate", "transfer", "experiments"):
         signal.signal(signal.SIGTERM, stop_early)
+        signal.signal(signal.SIGUSR1, stop_early)
     if BUSY:                        # threads that wait by spinning are slow beside other programs
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -191,7 +192,7 @@ def class_folders(part):
 def image_files(folder, seen):
     """The image files below `folder`, sorted. Every file and folder counts once, under its real
     path, which is added to `seen`: a link can neither loop nor multiply images."""
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder) or os.path.exists(f"{folder}/log.jsonl"):  # a run's pictures
         return []
     real = os.path.realpath(folder)
     if real in seen:
@@ -231,9 +232,10 @@ class Batches:
         if not 2 * WORLD_SIZE <= batch_size <= len(data) or batch_size % WORLD_SIZE:
             fits = min(batch_size, 2 ** int(math.log2(len(data) / 4 + 1)))
             fits = max(2, fits // WORLD_SIZE) * WORLD_SIZE
+            hint = f"; --batch-size {fits} fits" if fits <= len(data) else ""
             raise UserError(f"--batch-size {batch_size}: needs at least 2 images for each of "
                             f"{WORLD_SIZE} processes, as many for each, and at most the "
-                            f"{len(data)} that there are; --batch-size {fits} fits")
+                            f"{len(data)} that there are{hint}")
         self.data = data
         self.crops = crops
         self.batch_size = batch_size
@@ -279,13 +281,18 @@ def stream(batches, steps, workers, device):
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=steps, num_workers=workers,
         pin_memory=workers > 0 and device.type == "cuda", worker_init_fn=_start_worker)
-    for views, indices, broken in loader:
-        views = [view.to(device, non_blocking=True) for view in views]
-        yield [v.float() / 255 if v.dtype == torch.uint8 else v for v in views], indices, broken
+    with Stopped.postponed():
+        iterator = iter(loader)
+    try:
+        Stopped.if_asked()
+        for views, indices, broken in iterator:
+            views = [view.to(device, non_blocking=True) for view in views]
+            yield [v.float() / 255 if v.dtype == torch.uint8 else v for v in views], indices, broken
+    finally:
+        with Stopped.postponed():
+            del iterator            # its workers end
 
 def _start_worker(_):
-    for s in SIGNALS:               # the training process decides when to stop
-        signal.signal(s, signal.SIG_IGN)
     if Run.lock is not None:        # a lock lasts while any process has it
         os.close(Run.lock)
 
@@ -691,8 +698,25 @@ class Stopped(BaseException):
         if cls.asked == number == signal.SIGINT:        # Ctrl-C a second time
             raise KeyboardInterrupt
         cls.asked = number
-        if cls.at_once:
-            raise cls(f"stopped by {signal.Signals(number).name}; there was nothing to save")
+        cls.if_asked()
+
+    @classmethod
+    def if_asked(cls):
+        if cls.at_once and cls.asked is not None:
+            raise cls(f"stopped by {signal.Signals(cls.asked).name}; there was nothing to save")
+
+    @classmethod
+    @contextlib.contextmanager
+    def postponed(cls):
+        """In this block signals are only noted, and processes that it starts never see them."""
+        at_once = cls.at_once
+        cls.at_once = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            cls.at_once = at_once
 
 def say(message):
     """Print for a person, on rank 0 alone."""
@@ -802,7 +826,11 @@ def launch(main, parse_args, resumes=True):
             status = 1
     if message:
         print(f"{MAIN.name}: error: {message}".replace("\n", "\\n"), file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    print(end="", flush=True)
+    for process in torch.multiprocessing.active_children():
+        if process.daemon:                      # one that reads images and does not see SIGTERM
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            process.kill()
     if not dist.is_initialized():
         sys.exit(status)
     if status == 0:
@@ -825,6 +853,7 @@ not_negative = number(float, 0, 1e30)
 fraction = number(float, 0, 1)
 count = number(int, 1, 2 ** 31 - 1)
 whole = number(int, 0, 2 ** 63 - 1)
+worker_count = number(int, 0, 1024)
 
 def data_name(text):
     """A data set's name or a directory, for argparse."""
@@ -863,7 +892,7 @@ class Parser(LineParser):
         add("--lr", type=positive, help="learning rate per 256 images")
         add("--weight-decay", type=not_negative, help="weight decay of the optimizer")
         add("--warmup-epochs", type=not_negative, help="epochs of linear warm-up")
-        add("--workers", type=whole, default=min(16, os.cpu_count()),
+        add("--workers", type=worker_count, default=min(16, os.cpu_count()),
             help="processes that read image files, for each training process")
         add("--seed", type=whole, default=0, help="seed of all random numbers")
         add("--precision", choices=["bf16", "fp32"], default="bf16" if bf16 else "fp32",
@@ -1063,12 +1092,12 @@ class Run:
         are taken out of the file."""
         before = self.log_file.read_bytes() if self.log_file.exists() else b""
         kept = []
-        for line in before.splitlines(keepends=True):
+        for line in before.splitlines():
             with contextlib.suppress(Exception):        # another line fails in many ways
                 entries = dict(json.loads(line))
                 sum(entries.values(), 0.0)              # all are numbers
                 if self.step and entries["step"] <= self.step:
-                    kept.append(line)
+                    kept.append(line + b"\n")
         if b"".join(kept) != before:
             write_atomically(self.log_file, b"".join(kept))
         return [json.loads(line) for line in kept]
@@ -1254,6 +1283,7 @@ def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.rcParams["text.parse_math"] = False     # a $ in a name is one
     return plt
 
 def save_picture(figure, path):

@@ -145,6 +145,8 @@ def hold_out(data, seed, count=None):
     at most 10,000."""
     order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(data)))
     count = count or min(max(1, len(data) // 10), 10_000)
+    if len(data) <= count:
+        raise common.UserError("--sweep: needs at least two training images")
     return subset(data, order[count:].sort().values), subset(data, order[:count].sort().values)
 
 def choose(what, top1, held):
@@ -463,6 +465,8 @@ def detect(args, device):
 def neighbours(args, device):
     """pictures: nearest neighbours beside those of the pixels, and a map of the features"""
     encoder, _, checkpoint, name, train, val = load(args, device)
+    if len(val) < 3:
+        raise common.UserError(f"--data {name}: fewer than three test images")
     input = checkpoint["input"]
     small = dict(input, size=min(32, input["size"]))
     by_encoder = [compute(args, encoder, data, input, device) for data in (train, val)]
@@ -594,6 +598,8 @@ def compare(args, device):
     if scales:
         curves[f"losses differ in scale ({scales}): not drawn"] = []
     picture = Path(args.output or runs[0]["folder"].parent / "compare.png")
+    if picture.suffix != ".png":
+        raise common.UserError(f"--output {picture}: not the name of a .png file")
     common.draw_curves({textwrap.fill(label, 40): log for label, log in curves.items()}, picture)
     common.say(f"picture: {picture}")
     print(f"{len(runs)} runs on {data}: kNN accuracy in percent, minutes of training steps alone")
@@ -719,7 +725,7 @@ def parse_args(argv=None):
     add(labelled, "--size", type=common.count, help="side of the images; default: as in training")
     add(every, "--padding", choices=["same"], help="for weights converted from TensorFlow or JAX")
     add(every, "--view", choices=list(cmc.VIEWS), help="colour space of a file of CMC")
-    add(every, "--workers", type=common.whole, default=2,
+    add(every, "--workers", type=common.worker_count, default=2,
         help="processes that read image files (default 2)")
     add(every, "--seed", type=common.whole, default=0,
         help="seed of all random numbers (default 0)")

@@ -545,6 +545,7 @@ def main(args, device):
         for words, _ in itertools.chain(*runs.values()):
             print("OMP_NUM_THREADS=1 python " + shlex.join(words))
         return
+    common.load_data(args.data, args.root)      # a mistake shows before any work
     well = run_all(runs.values(), args.jobs)
     for name in args.names:
         report(name, args, plans[name])

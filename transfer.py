@@ -337,7 +337,8 @@ def parse_args(argv=None):
         help="side of the images; default: as in training, 224 or 32 for other projects")
     add("--padding", choices=["same"], help="TensorFlow's, for weights converted from it")
     add("--view", choices=list(cmc.VIEWS), help="colour space of a file of CMC")
-    add("--workers", type=common.whole, default=2, help="processes that read files (default 2)")
+    add("--workers", type=common.worker_count, default=2,
+        help="processes that read files (default 2)")
     add("--seed", type=common.whole, default=0, help="seed of all random numbers")
     precision = common.Parser(__doc__, simclr.RECIPES, []).get_default("precision")
     add("--precision", choices=["bf16", "fp32"], default=precision,

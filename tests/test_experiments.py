@@ -137,6 +137,15 @@ def test_a_mistake_in_a_runs_flags_shows_before_the_work(here):
         main("simclr-table5", "--", "--colour", 1)
     assert not list(here.iterdir())
 
+def test_missing_data_show_before_the_work(here, monkeypatch):
+    def missing(*_):
+        raise common.UserError("--data cifar10: not found")
+
+    monkeypatch.setattr(common, "load_data", missing)
+    with pytest.raises(common.UserError, match="not found"):
+        main("simsiam-figure2", "--data", "cifar10")
+    assert not list(here.iterdir())
+
 # ------------------------------------------------------------------- order
 
 def test_agreement_by_hand():

@@ -1,5 +1,6 @@
 """common.py's data: files of every kind, folders and links, broken images, torchvision's sets."""
-import os, shutil
+import os, shutil, signal, subprocess, time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import common
 import simclr
-from conftest import launched_wrongly, mistake, run, train
+from conftest import command, environment, launched_wrongly, mistake, run, train
 from test_common import pictures
 
 @pytest.fixture
@@ -166,6 +167,35 @@ def test_workers_change_nothing_and_folders_without_labels_train(photos, tmp_pat
           "--output", tmp_path / "plain")
     assert "kNN" not in capsys.readouterr().err
     assert "knn" not in (tmp_path / "plain/log.jsonl").read_text()
+
+@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 0)])
+def test_a_signal_to_the_whole_group_while_workers_start(photos, tmp_path, name, status):
+    """As a terminal's Ctrl-C is: processes that read images get it as well."""
+    args = ["--data", photos, *SMALL, "--workers", 4, "--output", tmp_path]
+    process = subprocess.Popen(command("simclr.py", *args), env=environment(), text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.time() + 90
+    while process.poll() is None and time.time() < deadline:
+        if len(children.read_text().split()) >= 3:
+            break
+    os.killpg(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in errors, errors
+    assert f"stopped by {name}" in errors.splitlines()[-1]
+
+def test_an_error_in_a_worker_ends_the_run(photos, tmp_path):
+    result = run("simclr.py", "--data", photos, *SMALL, "--workers", 2, "--knn-every", 0,
+                 "--size", 300_000, "--output", tmp_path, timeout=60)
+    assert result.returncode == 2 and "error: not enough memory" in result.stderr
+
+def test_the_pictures_of_a_run_are_no_training_images(photos, tmp_path):
+    shutil.copytree(photos / "train" / "0", tmp_path, dirs_exist_ok=True)
+    args = ["--data", tmp_path, *SMALL, "--workers", 0, "--output", tmp_path / "run"]
+    train(simclr, *args)
+    common.load_folder.cache_clear()
+    train(simclr, *args)                        # with as many images as before
+    assert len(common.load_data(str(tmp_path), split="pretrain")) == 60
 
 def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
     (tmp_path / "data").mkdir()

@@ -143,6 +143,13 @@ def test_compare(copy_run, tmp_path, texts, capsys):
     assert set(labels) <= texts["compare.png"]
     assert not any("not drawn" in text for text in texts["compare.png"])
 
+def test_the_picture_replaces_nothing_but_pictures(copy_run, capsys):
+    runs = [copy_run("first"), copy_run("second")]
+    before = (runs[0] / "checkpoint.pt").read_bytes()
+    message = asked_wrongly(capsys, "compare", *runs, "--output", runs[0] / "checkpoint.pt")
+    assert "not the name of a .png file" in message
+    assert (runs[0] / "checkpoint.pt").read_bytes() == before
+
 def test_minutes_are_those_of_the_steps(copy_run):
     run = copy_run("run", batch_size=600)
     lines = [dict(epoch=0, step=0, knn=10.0, knn_pixels=20.0)]

@@ -207,7 +207,7 @@ def test_two_runs_in_one_folder_and_ctrl_c(tmp_path):
     saved = common.read_checkpoint(tmp_path / "checkpoint.pt")
     train_killed(simclr, *args, step=saved["step"] + 1)     # the lock went with the process
 
-@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 0)])
+@pytest.mark.parametrize("name,status", [("SIGINT", 130), ("SIGTERM", 0), ("SIGUSR1", 0)])
 def test_a_signal_while_torch_is_imported_ends_in_one_line(tmp_path, name, status):
     process = subprocess.Popen(command("simclr.py", "--output", tmp_path), env=environment(),
                                stderr=subprocess.PIPE, text=True)
@@ -349,9 +349,10 @@ def test_damaged_lines_of_a_log_go_and_whole_ones_stay(finished, tmp_path):
     damaged = [lines[0], '{"step": \n', "[1]\n", '{"loss": 2}\n', '{"step": 2, "lr": [1]}\n',
                '{"step": 2, "lr": 1%s}\n' % (400 * "0"), *lines[1:], '{"step": 99}\n',
                "[" * 100_000 + "\n", lines[-1][:20]]
-    (tmp_path / "log.jsonl").write_text("".join(damaged))
-    train(simclr, *flags("simclr"), "--output", tmp_path)
-    assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
+    for text in ("".join(damaged), "".join(lines).rstrip("\n")):
+        (tmp_path / "log.jsonl").write_text(text)
+        train(simclr, *flags("simclr"), "--output", tmp_path)
+        assert (tmp_path / "log.jsonl").read_text() == "".join(lines)
 
 def test_a_line_of_a_log_ends_with_a_newline_alone(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"note": "a\u2028b"}\n', encoding="utf-8")
