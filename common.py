@@ -1257,10 +1257,10 @@ def read_log(folder):
     """The lines of a run's log as dicts."""
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_bytes().splitlines()]
 
-def draw_curves(runs, path):
-    """Draw the curves of `runs`, {name: lines of the log}, into a PNG."""
+def draw_curves(runs, path, loss="loss"):
+    """Draw the curves of `runs`, {name: lines of the log}, into a PNG. `loss` is that title."""
     figure, axes = pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained")
-    titles = dict(loss="loss", knn="kNN, % (dashed: untrained, dotted: pixels)",
+    titles = dict(loss=loss, knn="kNN, % (dashed: untrained, dotted: pixels)",
                   lr="learning rate", z_std="spread of z (about 1: healthy, 0: collapsed)")
     for i, (name, lines) in enumerate(runs.items()):
         for ax, (key, title) in zip(axes.flat, titles.items()):
