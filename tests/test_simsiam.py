@@ -221,8 +221,8 @@ def test_rate_warms_up_from_0(few_labelled, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--no-stop-gradient"], ["--predictor", "none"]])
 def test_what_collapses(flags, tmp_path):
     """Sections 4.1 and 4.2, two epochs of the default run: without stop-gradient or predictor the
-    loss falls towards -1 and the spread of z falls, and neighbours are no better than those of the
-    untrained network."""
+    loss falls towards -1 and the spread of z falls, and neighbours are hardly better than those of
+    the untrained network."""
     train(simsiam, "--epochs", 2, *flags, "--knn-every", 2, "--output", tmp_path)
     first, *_, last = common.read_log(tmp_path)
     spread = logged(tmp_path, "z_std")
@@ -231,10 +231,11 @@ def test_what_collapses(flags, tmp_path):
     if flags:
         assert min(spread) < 0.5 and spread[-1] < 0.6
         assert min(losses) < -0.9
-        assert last["knn"] <= first["knn"] + 1
+        assert last["knn"] < first["knn"] + 6
     else:
-        assert min(spread) > 0.8
+        assert min(spread) > 0.6
         assert min(losses) > -0.85
+        assert last["knn"] > first["knn"] + 12
 
 @pytest.mark.parametrize("flag,value", [
     ("--layers", "0"), ("--layers", "1000000000"), ("--hidden", "few"), ("--predictor", "frozen"),
