@@ -1165,7 +1165,7 @@ class Run:
             self.tell_at = now + 10
             seconds = (now - self.began) / (self.step - self.began_at)
             latest = {key: line[key] for line in self.log[-2:] if line["step"] for key in line}
-            loss = f"loss {latest['loss']:.4f}  " if latest else ""
+            loss = f"loss {latest['loss']:.4f}  " if "loss" in latest else ""
             knn = f"  kNN {latest['knn']:.1f} %" if "knn" in latest else ""
             say(f"epoch {self.step / len(self.batches):.1f}/{self.args.epochs}  {loss}"
                 f"{self.args.batch_size / seconds:.0f} images/s  "
