@@ -826,7 +826,8 @@ def launch(main, parse_args, resumes=True):
             status = 1
     if message:
         print(f"{MAIN.name}: error: {message}".replace("\n", "\\n"), file=sys.stderr, flush=True)
-    print(end="", flush=True)
+    with contextlib.suppress(OSError):          # a full disk has been named already
+        print(end="", flush=True)
     for process in torch.multiprocessing.active_children():
         if process.daemon:                      # one that reads images and does not see SIGTERM
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
