@@ -1187,10 +1187,12 @@ class Run:
         """Log kNN accuracy, where there are labels, unless that is done, and draw the curves."""
         if any(line["step"] == self.step and "knn" in line for line in self.log[-1:]):
             return
-        if self.labelled:
-            self._append(knn=self._knn(self.encoder, self.input))
+        knn = dict(knn=self._knn(self.encoder, self.input)) if self.labelled else {}
         if RANK == 0:
-            draw_curves({self.folder.name: self.log}, self.folder / "curves.png")
+            lines = [*self.log, dict(step=self.step, **knn)]
+            draw_curves({self.folder.name: lines}, self.folder / "curves.png")
+        if knn:                     # last: a run that is killed before does all of it again
+            self._append(**knn)
         self._start_clock()
 
     @torch.no_grad()
