@@ -132,7 +132,7 @@ experiment("simclr-table4", "tables 2 and 4", "What is better about the softmax?
     "margin": ("--loss margin", 50.9), "NT-logistic": ("--loss nt-logistic", 51.6),
     "margin, semi-hard": ("--loss margin --semi-hard", 57.5),
     "NT-logistic, semi-hard": ("--loss nt-logistic --semi-hard", 57.9), "NT-Xent": ("", 63.9)},
-    note="The linear probe is near 100 for all. Semi-hard negatives do not help here, where a "
+    note="The linear probe is above 90 for all. Semi-hard negatives do not help here, where a "
          "batch has 126 negatives instead of 8190.")
 experiment("simclr-table3", "table 3, which augmentation can be told from h, and from g(h)",
            "Does g throw away what h still knows?", {
@@ -182,8 +182,8 @@ experiment("moco-queue", "figure 3, a plot", "Do more keys help?",
 experiment("moco-mechanisms", "figure 3", "End to end, memory bank or momentum encoder?", {
     "end to end": "simclr.py", "memory bank": ("insdis.py --loss softmax --negatives 2048", 58.0),
     "momentum": ("--version 1", 60.6)}, times={"--negatives": 32},
-    note="The gap between memory bank and momentum encoder is 0.4 instead of 2.6; the bank of these "
-         "5,000 images is renewed every 78 steps.")
+    note="The gap between memory bank and momentum encoder is 0.4 instead of 2.6; the bank of "
+         "these 5,000 images is renewed every 78 steps.")
 experiment("moco-shuffling", "A.9, a plot: without it kNN accuracy falls",
            "Does batch normalisation give the key away?",
            {"shuffled": "", "not shuffled": "--no-shuffle"})
@@ -457,7 +457,7 @@ def report(name, args, runs):
     write_section(key, [
         f"## {key}", "", textwrap.fill(question, 100), "",
         *("| " + " | ".join(row) + " |" for row in rows), "",
-        textwrap.fill(f"{order} {entry['note']}", 100), "",
+        textwrap.fill(f"{order} {entry['note']}", 100, break_on_hyphens=False), "",
         f"`{shlex.join(command + extra)}`, {day}", "", f"![{key}]({picture})"])
 
 def write_section(key, lines):
