@@ -722,7 +722,7 @@ def test_a_checkpoint_of_ours(method, tmp_path, capsys):
     dict(encoder={3: torch.tensor(float("nan"))}), dict(method=["simclr"]),
     dict(encoder={"conv1.weight": torch.ones(8, 3, 7, 7, dtype=torch.int64)}),
     dict(encoder={3: torch.zeros(1)}), dict(args=dict(data=["x"])), dict(args=dict(root=5)),
-    dict(args=dict(epochs="x")), dict(knn="high"),
+    dict(args=dict(epochs="x")),
     dict(input=dict(size=0, mean=[0.0] * 3, std=[1.0] * 3, interpolation="bicubic")),
     dict(input=dict(size=32, mean=[0.0] * 3, std=[0.0] * 3, interpolation="bicubic")),
     dict(input=dict(size="32", mean=[0.0] * 3, std=[1.0] * 3, interpolation="bicubic")),
