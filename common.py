@@ -152,7 +152,7 @@ def load_data(name, root="data", split="train", device="cpu"):
             data = getattr(torchvision.datasets, class_name)(root, download=missing, **part)
     except Exception as e:                      # torchvision and pickle raise many kinds
         what = "not found, and could not be downloaded" if missing else "damaged or incomplete"
-        raise UserError(f"--data {name}: {what}: {where}, by --root ({first_line(e)})") from None
+        raise UserError(f"--data {name}: {what}: {where} in --root ({first_line(e)})") from None
     if LOCAL_RANK == 0 and dist.is_initialized():
         dist.barrier()
     if name == "stl10":
@@ -177,8 +177,8 @@ def load_folder(directory, split):
     labels = [label for label, of_class in enumerate(files) for _ in of_class]
     if not paths:
         where = part if unlabelled else part / "<class>"
-        what = "images" if unlabelled or classes else "labels, without which one can only train"
-        raise UserError(f"--data {directory}: no {what}; expected them in {where}")
+        what = "images" if unlabelled or classes else "class folders, and so no labels"
+        raise UserError(f"--data {directory}: no {what}; expected some in {where}")
     if unlabelled:
         hint = f"; was it --data {top.parent}?" if top.name in ("train", "val") else ""
         say(f"{directory}: no class folders in {top / 'train'}; images without labels{hint}")

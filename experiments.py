@@ -52,7 +52,7 @@ def experiment(name, shows, asks, rows, **options):
     """shows: where the paper has it, and what. rows: label -> flags, which may begin with another
     script, or (flags, the paper's figure, or a tuple of them in the order of the columns). Rows
     that are all "row, column" are drawn as a grid. options: small, flags on shapes alone; evaluate,
-    commands; log, keys of the log's end; minutes, of each run, for the list; equal, data ->
+    commands; log, keys of the last lines; minutes, of each run, for the list; equal, data ->
     minutes that every training shall take; note, what came out, one sentence for EXPERIMENTS.md. Of
     --scale paper alone: paper, flags; times, by what it multiplies numbers of a flag; instead, what
     other flags of ours become."""

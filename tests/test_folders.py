@@ -66,8 +66,8 @@ def test_a_folder_without_classes_has_images_but_no_labels(folder):
     assert common.has_labels(str(top)) and not common.has_labels(name)
 
 @pytest.mark.parametrize("part,split,words", [
-    ("train/b", "train", "no labels, .*; expected them in .*train/<class>"),
-    ("empty", "pretrain", "no images; expected them in .*empty"),
+    ("train/b", "train", "no class folders, .*; expected some in .*train/<class>"),
+    ("empty", "pretrain", "no images; expected some in .*empty"),
     ("other", "val", "val/c is not in .*train")])
 def test_folders_that_are_no_data_set(folder, part, split, words):
     top, _ = folder
