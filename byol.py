@@ -134,6 +134,12 @@ def learning_rate(step, warmup, total):
         return step / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
+def target_momentum(step, total, base):
+    """Section 3.3: from `base` to 1 by a half cosine; 0 stays 0, as in table 5a."""
+    if base == 0:
+        return 0
+    return 1 - (1 - base) * (math.cos(math.pi * step / total) + 1) / 2
+
 def train(args, device):
     data = common.load_data(args.data, args.root, "pretrain", device)
     crop = common.Crop(2, args.size, (args.min_scale, 1.0), flip=0.5, interpolation="bicubic")
@@ -159,10 +165,6 @@ def train(args, device):
         lr = peak_lr * learning_rate(step, warmup, run.total)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rise = (math.cos(math.pi * step / run.total) + 1) / 2           # from 1 to 0: section 3.3
-        ema_momentum = 1 - (1 - args.ema_momentum) * rise
-        if args.ema_momentum == 0:
-            ema_momentum = 0                                            # table 5a: constant
 
         x1 = augment(x1, args.color_strength, args.blur1, 0, args.grayscale, args.additive)
         x2 = augment(x2, args.color_strength, args.blur2, args.solarize2, args.grayscale,
@@ -175,7 +177,7 @@ def train(args, device):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.update_target(ema_momentum)
+        model.update_target(target_momentum(step, run.total, args.ema_momentum))
         run.finish_step(loss, lr, z1, [x1, x2])
 
 # ------------------------------------------------------------------- flags

@@ -53,11 +53,10 @@ def experiment(name, shows, asks, rows, **options):
     script, or (flags, the paper's figure, or a tuple of them in the order of the columns). Rows
     that are all "row, column" are drawn as a grid. options: small, flags on shapes alone; evaluate,
     commands; log, keys of the last lines; minutes, of each run, for the list; equal, data ->
-    minutes that every training shall take; note, what came out, one sentence for EXPERIMENTS.md. Of
-    --scale paper alone: paper, flags; times, by what it multiplies numbers of a flag; instead, what
-    other flags of ours become."""
+    minutes that every training shall take. Of --scale paper alone: paper, flags; times, by what it
+    multiplies numbers of a flag; instead, what other flags of ours become."""
     entry = dict(shows=shows, asks=asks, rows={}, small="", evaluate=[LINEAR], log=[], minutes=0,
-                 equal={}, note="", paper="", times={}, instead={})
+                 equal={}, paper="", times={}, instead={})
     for label, row in rows.items():
         text, figures = (row, None) if isinstance(row, str) else row
         figures = figures if isinstance(figures, tuple) else (figures,)
@@ -96,9 +95,7 @@ def pairs(*names):
 
 experiment("simclr-table1", "table 1", "How strong should the colour distortion be?", {
     **vary("--augment crop,color --color-strength", {0.125: 59.6, 0.25: 61.0, 0.5: 62.6, 1: 63.2}),
-    "1, blur": ("--augment crop,color,blur --color-strength 1", 64.5)},
-    note="The linear probe is near 100 throughout, since classes differ in shape and texture, not "
-         "in colour; kNN rises with the strength as in the paper, but not with blur.")
+    "1, blur": ("--augment crop,color,blur --color-strength 1", 64.5)})
 experiment("simclr-figure5", "figure 5, operations on one branch",
            "Which operations are a good task only together?", pairs("crop", "cutout", "color"))
 experiment("simclr-figure5-all", "figure 5", "The same for all operations, in half the epochs.",
@@ -131,9 +128,7 @@ experiment("simclr-tableB1", "table B.1, batch size (ours: 1/16) and the rate's 
 experiment("simclr-table4", "tables 2 and 4", "What is better about the softmax?", {
     "margin": ("--loss margin", 50.9), "NT-logistic": ("--loss nt-logistic", 51.6),
     "margin, semi-hard": ("--loss margin --semi-hard", 57.5),
-    "NT-logistic, semi-hard": ("--loss nt-logistic --semi-hard", 57.9), "NT-Xent": ("", 63.9)},
-    note="The linear probe is above 90 for all. Semi-hard negatives do not help here, where a "
-         "batch has 126 negatives instead of 8190.")
+    "NT-logistic, semi-hard": ("--loss nt-logistic --semi-hard", 57.9), "NT-Xent": ("", 63.9)})
 experiment("simclr-table3", "table 3, which augmentation can be told from h, and from g(h)",
            "Does g throw away what h still knows?", {
                "colour or grey": ("--augment crop,color", (99.3, 97.4)),
@@ -147,9 +142,7 @@ experiment("simclr-table5", "table 5, with accuracy and entropy of the contrasti
                                         0.5: (60.7, 68.2, 8.2), 1: (58.0, 59.1, 8.3)}),
                "10, any length": ("--loss unnormalized --temperature 10", (57.2, 91.7, 0.5)),
                "100, any length": ("--loss unnormalized --temperature 100", (57.0, 92.1, 0.5))},
-           log=["contrast_accuracy", "contrast_entropy"],
-           note="0.1 is best and of those of unit length 1 is worst, as in the paper; two epochs, "
-                "and 126 negatives instead of 8190. Without unit length it hardly loses here.")
+           log=["contrast_accuracy", "contrast_entropy"])
 CPC = {"version 1": "--arch resnet10x0.125 --directions 1 --norm batch --patch-augment none "
                     "--patch-size 12 --stride 9",
        "+ larger network": "--arch resnet10x0.25", "+ bottom up": "--directions 2",
@@ -174,16 +167,12 @@ experiment("cpc_v2-table2", "figure 1, table 2: 1, 10, 50 % of the labels",
            small="--epochs 4", minutes=30)
 experiment("moco-momentum", "section 4.1, 4096 keys; 0 fails", "Must the key encoder be slow?",
            vary("--ema-momentum", {0: None, 0.9: 55.2, 0.99: 57.8, 0.999: 59.0, 0.9999: 58.9}),
-           note="0 fails as in the paper, and 0.9 here too: kNN is below the untrained network's "
-                "55. In 780 steps 0.99 is ahead.",
            paper="--version 1 --queue-size 4096")
 experiment("moco-queue", "figure 3, a plot", "Do more keys help?",
            vary("--queue-size", (128, 512, 2048)), times={"--queue-size": 32})
 experiment("moco-mechanisms", "figure 3", "End to end, memory bank or momentum encoder?", {
     "end to end": "simclr.py", "memory bank": ("insdis.py --loss softmax --negatives 2048", 58.0),
-    "momentum": ("--version 1", 60.6)}, times={"--negatives": 32},
-    note="The gap between memory bank and momentum encoder is 0.4 instead of 2.6; the bank of "
-         "these 5,000 images is renewed every 78 steps.")
+    "momentum": ("--version 1", 60.6)}, times={"--negatives": 32})
 experiment("moco-shuffling", "A.9, a plot: without it kNN accuracy falls",
            "Does batch normalisation give the key away?",
            {"shuffled": "", "not shuffled": "--no-shuffle"})
@@ -213,8 +202,7 @@ experiment("byol-figure3b", "figure 3b", "Does BYOL need its augmentations less 
 experiment("byol-momentum", "table 5a", "How fast should the target follow?",
            vary("--ema-momentum", (0, 0.5, 0.9, 0.99, 1)))
 experiment("simsiam-figure2", "figure 2", "What does the stop-gradient prevent?", {
-    "stop-gradient": ("", 68.1), "without": ("--no-stop-gradient", 0.1)}, log=["z_std"],
-           note="As in the paper it collapses without: kNN is below the untrained network's 30.")
+    "stop-gradient": ("", 68.1), "without": ("--no-stop-gradient", 0.1)}, log=["z_std"])
 experiment("simsiam-table1", "table 1 (fixed: section 4.2)", "Which predictor does it need?", {
     "decayed": ("--predictor decayed", 67.7), "not decayed": ("--predictor trained", 68.1),
     "fixed": ("--predictor fixed", 1.5), "none": ("--predictor none", 0.1)}, log=["z_std"])
@@ -431,17 +419,23 @@ def report(name, args, runs):
         return
     table = []
     bars = []
+    means = []                                  # {column: mean} of each row
     for label, (_, _, paper) in entry["rows"].items():
-        cells = [summary([one[column] for one in found[label] if column in one])
-                 for column in columns]
+        cells = {column: summary([one[column] for one in found[label] if column in one])
+                 for column in columns}
         published = " / ".join("-" if value is None else f"{value:g}" for value in paper)
-        texts = [label, *(text for _, _, text in cells), published]
-        table.append(dict(zip([key, *columns, "paper"], texts)))
-        bars.append((label, *cells[0][:2], paper[0]))
-    same, pairs = agreement([bar[1] for bar in bars], [bar[3] for bar in bars])
+        texts = {column: text for column, (_, _, text) in cells.items()}
+        table.append({key: label, **texts, "paper": published})
+        means.append({column: mean for column, (mean, _, _) in cells.items()})
+        bars.append((label, *cells[columns[0]][:2], paper[0]))
+    orders = []
+    for column in columns if columns[0] == "linear" else columns[:1]:
+        same, pairs = agreement([row[column] for row in means], [bar[3] for bar in bars])
+        if pairs and column in (columns[0], "knn"):
+            orders.append(f"{column} {same} of {pairs}")
     order = "No figures of the paper to compare the order with."
-    if pairs:
-        order = f"{columns[0]}: {same} of {pairs} pairs of rows have the paper's order."
+    if orders:
+        order = f"Pairs of rows that have the paper's order: {', '.join(orders)}."
     question = f"{entry['asks']} Paper: {entry['shows']}."
     print(f"\n{question}")
     evaluate.print_table(table)
@@ -457,17 +451,18 @@ def report(name, args, runs):
     write_section(key, [
         f"## {key}", "", textwrap.fill(question, 100), "",
         *("| " + " | ".join(row) + " |" for row in rows), "",
-        textwrap.fill(f"{order} {entry['note']}", 100, break_on_hyphens=False), "",
-        f"`{shlex.join(command + extra)}`, {day}", "", f"![{key}]({picture})"])
+        order, "", f"`{shlex.join(command + extra)}`, {day}", "", f"![{key}]({picture})"])
 
 def write_section(key, lines):
-    """The lines instead of those between the markers of `key` in EXPERIMENTS.md, or at its end."""
+    """The lines instead of those between the markers of `key` in EXPERIMENTS.md, or at its end. A
+    paragraph at the end of a section that begins with "Note:", which people write, stays."""
     path = Path("EXPERIMENTS.md")
     text = path.read_text() if path.exists() else "# Experiments\n"
     begin, end = f"<!-- {key} -->\n", f"<!-- end {key} -->\n"
     before, found, rest = text.partition(begin)
-    after = rest.partition(end)[2]
-    section = begin + "\n".join(lines) + "\n" + end
+    old, _, after = rest.partition(end)
+    note = "".join(old.partition("\nNote: ")[1:])
+    section = begin + "\n".join(lines) + "\n" + note + end
     common.write_atomically(path, (before + "\n" * (not found) + section + after).encode())
 
 def draw(title, bars, path):
