@@ -181,7 +181,7 @@ def load_folder(directory, split):
         raise UserError(f"--data {directory}: no {what}; expected some in {where}")
     if unlabelled:
         hint = f"; was it --data {top.parent}?" if top.name in ("train", "val") else ""
-        say(f"{directory}: no class folders in {top / 'train'}; images without labels{hint}")
+        say(f"{directory}: no folders train/<class>, so these are images without labels{hint}")
     return Folder(paths, None if unlabelled else labels, classes or None)
 
 def class_folders(part):
@@ -911,7 +911,7 @@ class Parser(LineParser):
         few = {}
         if not known.recipe and known.data not in DATA:
             images = len(load_folder(known.data, "pretrain"))
-            few = few_images(images, self.recipes) if images < 50_000 else {}
+            few = few_images(images, self.recipes, known.epochs) if images < 50_000 else {}
             name = "shapes" if few else "imagenet"
         elif name not in self.recipes:
             name = "small"
@@ -920,11 +920,12 @@ class Parser(LineParser):
         self.set_defaults(**self.recipes[name] | dict(recipe=name) | few)
         return self.parse_args(self.argv)
 
-def few_images(n, recipes):
-    """Changes to the recipe `shapes` for `n` photographs: ten minutes on a laptop, or on a GPU."""
+def few_images(n, recipes, epochs=None):
+    """Changes to the recipe `shapes` for `n` photographs: ten minutes on a laptop, or on a GPU, if
+    `epochs` are not given."""
     gpu = torch.cuda.is_available()
     batch = min(256 if gpu else 64, max(16, 2 ** int(math.log2(n / 16 + 1))))
-    epochs = min(400, max(10, (1_000_000 if gpu else 8_000 * os.cpu_count()) // n))
+    epochs = epochs or min(400, max(10, (1_000_000 if gpu else 8_000 * os.cpu_count()) // n))
     network = dict(arch="resnet18" if gpu else "resnet18x0.5")
     if "resize" not in recipes["shapes"]:       # CPC v2 cuts patches of other sizes
         network.update(stem="imagenet", size=96 if gpu else 64)
@@ -1128,8 +1129,11 @@ class Run:
         say(f"{self.name} on {args.data}: {len(self.batches.data)} images, {args.epochs} epochs, "
             f"{self.total} steps of {args.batch_size}, {args.arch} at {args.size} pixels, recipe "
             f"{args.recipe}, {args.precision} on {self.device.type}, into {self.folder}")
+        if args.recipe == "few images" and self.step == 0:
+            say("made for few images; --epochs, --batch-size, --arch and --size change it")
         if args.warmup_epochs >= args.epochs:
-            say("--warmup-epochs is no shorter than --epochs: the learning rate only rises")
+            say(f"the learning rate only rises: --warmup-epochs {args.warmup_epochs:g} is no "
+                f"shorter than --epochs {args.epochs}")
         if BUSY and self.device.type == "cpu" and torch.get_num_threads() > 1:
             say("other programs are running: OMP_NUM_THREADS=1 may be faster beside them")
         if self.step == 0 and self.labelled and args.knn_every:
@@ -1237,10 +1241,14 @@ class Run:
         if pixels:
             say(f"kNN accuracy {knn[-1]:.1f} % after {self.args.epochs} epochs; untrained "
                 f"{knn[0]:.1f} %, pixels {pixels[0]:.1f} %")
-            if knn[-1] <= max(knn[0], pixels[0]):
-                say("this is no better than these two: try more --epochs or another --lr")
+            better = [name for name, value in dict(untrained=knn[0], pixels=pixels[0]).items()
+                      if value >= knn[-1]]
+            if better:
+                say(f"no better than {' and '.join(better)}: try more --epochs or another --lr")
             few = " --protocol lbfgs" if self.args.recipe == "few images" else ""
             say(f"next: python evaluate.py linear {self.folder}{few}")
+        elif not self.labelled:
+            say(f"there are no labels; next: python evaluate.py neighbours {self.folder}")
 
     def _draw_views(self, views):
         """A row for each of the first images of the batch: the image, and its views."""
@@ -1276,6 +1284,10 @@ def draw_curves(runs, path, loss="loss"):
         for key, style in ("knn", "--"), ("knn_pixels", ":"):
             if key in before:
                 axes[0, 1].axhline(before[key], linestyle=style, color=f"C{i}", alpha=0.6)
+    for ax in axes.flat:
+        if not any(len(line.get_xdata()) for line in ax.lines):
+            ax.text(0.5, 0.5, "no figures", ha="center", transform=ax.transAxes)
+            ax.set_axis_off()
     axes[0, 0].legend()
     axes[1, 0].set_ylim(bottom=0)
     axes[1, 1].set_ylim(0, 1.1)

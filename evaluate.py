@@ -27,14 +27,7 @@ Features are float32, or float16 from a gigabyte on: 5.2 GB in each process for 
 million of 2048 numbers. `knn` needs 0.3 GB more, `linear --protocol lbfgs` about 0.6 GB, and
 --sweep copies nine tenths of them.
 """
-import argparse
-import copy
-import functools
-import itertools
-import json
-import re
-import sys
-import textwrap
+import argparse, copy, functools, itertools, json, re, sys, textwrap
 from pathlib import Path
 
 import numpy as np
@@ -117,13 +110,19 @@ def load_encoder(args, device):
     return encoder, encoder.dim, checkpoint
 
 def load(args, device):
-    """What `load_encoder` returns, the name of the data, and its labelled images, train and val."""
+    """What `load_encoder` returns, the name of the data, and its labelled images, train and val:
+    for `neighbours` of images without labels, most and the rest, of one class."""
     encoder, dim, checkpoint = load_encoder(args, device)
     name = args.data or checkpoint["args"].get("data")
     root = args.root or checkpoint["args"].get("root", "data")
     if name is None:
         raise common.UserError(f"--data: needed, {args.checkpoint} does not name its data")
-    train, val = [common.load_data(name, root, split, device) for split in ("train", "val")]
+    if args.task == "neighbours" and not common.has_labels(name):
+        data = common.load_data(name, root, "pretrain", device)
+        data = common.Folder(data.paths, [0] * len(data), ["images"])
+        train, val = hold_out(data, args.seed, max(3, len(data) // 10))
+    else:
+        train, val = [common.load_data(name, root, split, device) for split in ("train", "val")]
     return encoder, dim, checkpoint, name, train, val
 
 def compute(args, encoder, data, input, device):
@@ -146,7 +145,7 @@ def hold_out(data, seed, count=None):
     order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(data)))
     count = count or min(max(1, len(data) // 10), 10_000)
     if len(data) <= count:
-        raise common.UserError("--sweep: needs at least two training images")
+        raise common.UserError(f"{len(data)} training images: too few to hold out {count}")
     return subset(data, order[count:].sort().values), subset(data, order[:count].sort().values)
 
 def choose(what, top1, held):
@@ -472,21 +471,23 @@ def neighbours(args, device):
     by_encoder = [compute(args, encoder, data, input, device) for data in (train, val)]
     by_pixels = [compute(args, nn.Flatten(), data, small, device) for data in (train, val)]
     spaces = {"nearest by the encoder": by_encoder, "by the pixels": by_pixels}
-    result = {}
+    result = dict(images=len(train), test_images=len(val))
     for key, (bank, test) in dict(nearest_of_same_class=by_encoder, by_pixels=by_pixels).items():
         nearest = common.nearest(bank.h, test.h, 1)[1][:, 0]
-        result[key] = 100 * (bank.labels[nearest] == test.labels).float().mean().item()
+        if len(class_names(train)) > 1:
+            result[key] = 100 * (bank.labels[nearest] == test.labels).float().mean().item()
     report(args, checkpoint, name, dict(count=min(args.count, len(val))), result)
     common.seed_all(args.seed, 7)
     save(args, draw_neighbours(input, train, val, spaces, 8), "neighbours-and-pixels.png")
     save(args, draw_map(args, by_encoder[1], class_names(train), name), "map.png")
 
 def draw_neighbours(input, train, val, spaces, columns):
-    """A row for each of the first ten classes: a random test image and, for each of `spaces`,
-    {title: Features of train and val}, its nearest training images, red if of another class."""
+    """A row for each of the first ten classes, or ten of a single one: a random test image and its
+    nearest training images in each of `spaces`, {title: Features of both}; other classes in red."""
     classes = val.labels.unique()[:10]
     order = torch.randperm(len(val))
-    queries = torch.stack([order[val.labels[order] == c][0] for c in classes])
+    queries = (order[:10] if len(classes) == 1 else
+               torch.stack([order[val.labels[order] == c][0] for c in classes]))
     found = [common.nearest(bank.h, test.h[queries.to(test.h.device)], columns)[1].cpu()
              for bank, test in spaces.values()]                         # (Q, columns) each
     rows = []
@@ -504,7 +505,8 @@ def draw_neighbours(input, train, val, spaces, columns):
                                           layout="constrained")
     ax.imshow(picture.numpy(), interpolation="nearest")
     names = class_names(train)
-    ax.set_yticks([side * (i + 0.5) for i in range(height)], [names[c] for c in classes])
+    ax.set_yticks([side * (i + 0.5) for i in range(height)], 
+                  [names[c] for c in val.labels[queries]])
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -777,7 +779,7 @@ def parse_args(argv=None):
         help="probability that an image keeps one channel alone (CPC v2; default 0)")
     add("detect", "--save-every", type=common.count, default=100,
         help="steps between checkpoints (default 100)")
-    add("neighbours", "--count", type=common.count, default=1000,
+    add("neighbours", "--count", type=common.number(int, 10, 2 ** 31 - 1), default=1000,
         help="test images in the map (default 1000)")
     parser.set_defaults(baseline=None, size=None)
     args = parser.parse_args(argv)
@@ -785,8 +787,6 @@ def parse_args(argv=None):
         parser.error(f"{args.task} runs in one process")
     if args.task == "linear" and args.features == "z" and args.baseline:
         parser.error(f"--features z: of a trained network alone, not of --baseline {args.baseline}")
-    if args.task == "neighbours" and args.count < 10:
-        parser.error(f"--count {args.count}: a map needs 10 images or more")
     if args.task == "detect" and args.data == "":
         parser.error("--data '': not the name of a folder that holds VOCdevkit")
     if args.task == "compare" and len(args.runs) < 2:

@@ -167,7 +167,7 @@ def byol(ax):
 
 def simsiam(ax):
     p = Panel(ax, "SimSiam", "predict the other view, whose gradient stops")
-    end = p.branch(TOP, "$x_1$", ["f", "g", "h"])
+    end = p.branch(TOP, "$x_1$", ["f", "g", "q"])
     p.arrow((end, TOP), (1.2, MIDDLE + 0.05))
     end = p.branch(BOTTOM, "$x_2$", ["f", "g"])
     p.arrow((end, BOTTOM), (1.2, MIDDLE - 0.05))
@@ -231,7 +231,7 @@ def draw_methods():
     for ax, panel in zip(axes.flat, panels):
         panel(ax)
     simclr(axes.flat[-1], "SupCon (supervised)", "all views of the class are positives", True)
-    figure.text(0.5, 0.015, "f encoder    g projector    q, h predictor    dashed: moving average "
+    figure.text(0.5, 0.015, "f encoder    g projector    q predictor    dashed: moving average "
                 "(EMA)    red bars: no gradient    L loss", ha="center", fontsize=9)
     figure.savefig(HERE / "methods.png", dpi=130)
     plt.close(figure)

@@ -435,7 +435,7 @@ def folder_of_classes(top, train, val):
     (["finetune", "RUN", "--labels", "0.001"], "5 of 5000 images, fewer than the 10 classes"),
     (["finetune", "RUN", "--labels", "5000"], "more than there are"),
     (["finetune", "RUN", "--data", "CLASSES"], "is not in"),
-    (["neighbours", "RUN", "--count", "1"], "10 images or more"),
+    (["neighbours", "RUN", "--count", "1"], "--count: '1' is not in 10"),
     (["detect", "RUN", "--data", "CLASSES"], "no set trainval"),
     (["detect", "RUN", "--data", "/nowhere"], "no set trainval"),
     (["detect", "RUN", "--data", ""], "--data ''"),

@@ -145,6 +145,12 @@ def photos(tmp_path_factory):
 SMALL = ["--recipe", "small", "--arch", "resnet10x0.125", "--size", 24, "--epochs", 2,
          "--batch-size", 20, "--lr", 1, "--warmup-epochs", 0]
 
+def test_few_images_have_a_recipe_whose_warmup_follows_the_epochs(photos):
+    args = simclr.parse_args(["--data", str(photos)])
+    assert args.recipe == "few images" and args.warmup_epochs == args.epochs / 20
+    args = simclr.parse_args(["--data", str(photos), "--epochs", "6"])
+    assert args.epochs == 6 and args.warmup_epochs == 0.3
+
 def test_one_broken_image_is_named_once_and_more_than_1_percent_stop_the_run(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data/train/0/007.jpg").write_bytes(b"\xff\xd8 broken")

@@ -67,6 +67,16 @@ def test_classes_have_their_names_in_every_data_set(checkpoint, tmp_path, texts)
                           "map.png"}
     assert all(set(names) <= found for found in texts.values()), texts
 
+def test_images_without_labels_have_neighbours_too(checkpoint, tmp_path, texts):
+    for i in range(30):
+        Image.new("RGB", (12, 10), (8 * i, 10 * i % 200, 200 - 5 * i)).save(tmp_path / f"{i}.png")
+    args = ["--data", tmp_path, "--workers", 0, "--output", tmp_path / "pictures"]
+    result = ask("neighbours", checkpoint, *args)
+    assert result["images"] == 27 and result["test_images"] == 3
+    assert "nearest_of_same_class" not in result                # there is but one class
+    assert texts["neighbours-and-pixels.png"] >= {"images", "query"}
+    assert len(os.listdir(tmp_path / "pictures")) == 2
+
 def test_classes_without_names_are_numbers():
     data = common.Images(torch.zeros(3, 3, 2, 2), [0, 2, 1], "cpu")
     assert evaluate.class_names(data) == ["0", "1", "2"]

@@ -112,6 +112,10 @@ def test_what_a_run_leaves(finished, capsys):
     train(simclr, *flags("simclr"), "--output", finished)
     said = capsys.readouterr().err
     assert "this run is finished" in said and "untrained" in said and "pixels" in said
+    before, knn = lines[0], lines[-1]["knn"]
+    worse = [name for name, key in (("untrained", "knn"), ("pixels", "knn_pixels"))
+             if before[key] >= knn]
+    assert f"no better than {' and '.join(worse)}:" in said if worse else "no better" not in said
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(finished, tmp_path):
