@@ -255,7 +255,7 @@ experiment("methods", "solo-learn's table, CIFAR-10, 1000 epochs",
                "SwAV": ("swav.py", 89.17), "CPC v2": "cpc_v2.py", "InsDis": "insdis.py",
                "CMC": "cmc.py", "DeepCluster": ("deepcluster.py", 88.85), "DenseCL": "densecl.py",
                "SupCon (labels)": ("supcon.py", 93.82), "Un-Mix": "image_mixture.py"},
-           evaluate=[LINEAR, "evaluate.py finetune RUN --labels 0.01 0.1"], log=["minutes"],
+           evaluate=[LINEAR, "evaluate.py finetune RUN --labels 0.01 0.1"], log=["epoch"],
            equal=dict(shapes=2, cifar10=40), paper="--epochs 100")
 
 # ============================================================================== running them
@@ -318,12 +318,12 @@ def minutes(entry, args):
 
 def result(file):
     """What a command has left: the JSON that an evaluation ended with, or the end of the log of a
-    finished training and its minutes; None before that."""
+    finished training; None before that."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         if file.name != "train.out":
             return json.loads(file.read_text().splitlines()[-1])
         run = evaluate.read_run(file.parent)
-        last = run["log"][-2] | run["log"][-1] | dict(minutes=run["figures"]["minutes"])
+        last = run["log"][-2] | run["log"][-1]
         if "knn" in last and last["epoch"] == run["flags"]["epochs"]:
             return last
     return None
