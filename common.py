@@ -1045,7 +1045,8 @@ class Run:
                      if before.get(key) != now.get(key)]
         if differing:
             raise UserError(f"{self.checkpoint}: made with other settings: {', '.join(differing)}; "
-                            "use the same or give another --output")
+                            "use the same or give another --output (an unfinished run can be "
+                            "evaluated as it is)")
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -1169,9 +1170,9 @@ class Run:
         if measure or now > self.tell_at:
             self.tell_at = now + 10
             seconds = (now - self.began) / (self.step - self.began_at)
-            latest = {key: line[key] for line in self.log[-2:] if line["step"] for key in line}
-            loss = f"loss {latest['loss']:.4f}  " if "loss" in latest else ""
-            knn = f"  kNN {latest['knn']:.1f} %" if "knn" in latest else ""
+            latest = next((line for line in reversed(self.log) if "loss" in line), None)
+            loss = f"loss {latest['loss']:.4f} in step {latest['step']}  " if latest else ""
+            knn = f"  kNN {self.log[-1]['knn']:.1f} %" if measure and self.labelled else ""
             say(f"epoch {self.step / len(self.batches):.1f}/{self.args.epochs}  {loss}"
                 f"{self.args.batch_size / seconds:.0f} images/s  "
                 f"{(self.total - self.step) * seconds / 60:.1f} min left{knn}")
