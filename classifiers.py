@@ -20,7 +20,7 @@ import cpc_v2
 
 PATIENCE = 5            # CPC v2: epochs without a lower loss, after which a phase ends (ours)
 CLIP = 0.01             # CPC v2, C.2: largest norm of the encoder's gradient, as in pre-training
-# MoCo's rate of 30 may leave a thousand times the first loss, and is as accurate as lower ones.
+# MoCo's rate of 30 may end at 1000 times the first loss, and is as accurate as lower ones.
 DIVERGED = 1e5
 
 # ============================================================================== training
@@ -76,8 +76,8 @@ def learning_rate(step, total, recipe):
     return recipe["factor"] ** sum(step >= drop * total for drop in recipe["drops"])
 
 def batch_size(args, data, default, least=1):
-    """`--batch-size`, or `default` images as far as there are so many. Batch norm needs `least`
-    images in each process."""
+    """`--batch-size`, or `default` images, or all if there are fewer. Batch norm needs `least` images
+    in each process."""
     least *= common.WORLD_SIZE
     fits = min(max(default, least), len(data)) // common.WORLD_SIZE * common.WORLD_SIZE
     size = args.batch_size or fits
@@ -160,7 +160,7 @@ def linear_layer(dim, classes, std=0.0):
 
 def read_projector(path, checkpoint):
     """g of a checkpoint of ours, from h (n, D) to z (n, d), frozen, in eval mode. Its layers are
-    known from their tensors; a number without any is a ReLU. Raises UserError where there is no
+    known from their tensors; an index without tensors is a ReLU. Raises UserError where there is no
     projector of such layers."""
     state = {name.removeprefix("projector."): value for name, value in checkpoint["model"].items()
              if name.startswith("projector.")}
@@ -207,7 +207,7 @@ class PatchGrid(nn.Module):
         return cpc_v2.encode(self.encoder, patches)
 
 def patch_classifier(dim, classes):
-    """CPC v2, appendix B: (N, dim, R, C) -> logits (N, classes), the mean over the places of a
+    """CPC v2, appendix B: (N, dim, R, C) -> logits (N, classes), the mean over the positions of a
     linear classifier after batch norm without scale."""
     norm = nn.BatchNorm2d(dim)
     norm.weight.requires_grad_(False)                           # stays 1; the bias is learned

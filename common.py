@@ -915,8 +915,9 @@ class Parser(LineParser):
             name = "shapes" if few else "imagenet"
         elif name not in self.recipes:
             name = "small"
-        if getattr(known, "version", 2) == 1 and f"{name}-v1" in self.recipes:
-            name += "-v1"
+        version = getattr(known, "version", None)
+        if version:                                 # it has recipes of its own
+            name = name.removesuffix("-v1") + ("-v1" if version == 1 else "")
         self.set_defaults(**self.recipes[name] | dict(recipe=name) | few)
         return self.parse_args(self.argv)
 
@@ -929,6 +930,10 @@ def few_images(n, recipes, epochs=None):
     network = dict(arch="resnet18" if gpu else "resnet18x0.5")
     if "resize" not in recipes["shapes"]:       # CPC v2 cuts patches of other sizes
         network.update(stem="imagenet", size=96 if gpu else 64)
+    if "small_size" in recipes["shapes"]:       # as 96 to 224 pixels in SwAV's paper
+        network.update(small_size=round(96 / 224 * network["size"]))
+    if recipes["shapes"].get("queue_size"):     # a key of the same image is no negative
+        network.update(queue_size=min(2048, max(batch, 2 ** int(math.log2(n / 2 + 1)))))
     if "color_strength" in recipes["imagenet"]:
         network.update(color_strength=recipes["imagenet"]["color_strength"])
     return dict(network, recipe="few images", batch_size=batch, epochs=epochs,

@@ -18,14 +18,14 @@ Notation. N images in the global batch, n in the data set.
     C            prototypes          (H, K, d)           unit length, not learned
     y            assignments         (H, n)              -100: no embedding yet, left out
     M            memory              (2, n, d)           the last z of both large crops; 0: none yet
-The loss starts below ln K. The log has `nmi`, the normalised mutual information of the clusters
-with those of the epoch before (2018, figure 2), and `empty`, the number of empty clusters.
+The loss starts below ln K. Of the first head the log has `nmi`, the normalised mutual information
+of its clusters with those of the epoch before (2018, figure 2), and `empty`, how many are empty.
 Published: ImageNet, ResNet-50, 800 epochs: linear 75.2 % (official README). Ours: RESULTS.md.
 
 Differs: every process keeps the memory of all images (1.3 GB for ImageNet) and clusters a share; an
-image that an epoch left out keeps its embedding. Version 1 has a ResNet without Sobel's filter and
-spherical k-means, and one optimizer; it weights images by 1 / cluster size, which equals sampling
-clusters evenly. GPUs train in bf16, there float32: --precision fp32.
+image that an epoch left out keeps its embedding. The images' standard deviation is 0.229, there
+0.228 (version 2); GPUs train in bf16, there float32. Version 1 has a ResNet without Sobel's filter,
+spherical k-means and one optimizer; 1 / cluster size weights images, in expectation as sampling.
 Usage:  python deepcluster.py    torchrun --nproc_per_node=8 deepcluster.py --data /path/to/imagenet
 """
 import math
@@ -174,7 +174,7 @@ def nearest(features, centroids):
     return torch.cat([(part @ centroids.T).argmax(1) for part in features.split(16384)])
 
 def pca_whiten(h, dim):
-    """(n, D) -> (n, min(dim, D)): principal components, each divided by its standard deviation."""
+    """(n, D) -> (n, min(dim, D)): principal components over sqrt(variance + 1e-5)."""
     h = h.float() - h.float().mean(0)
     values, vectors = torch.linalg.eigh(h.T @ h / len(h))       # ascending
     return h @ (vectors[:, -dim:] / (values[-dim:].clamp(min=0) + 1e-5).sqrt())

@@ -23,8 +23,8 @@ Published: ImageNet, ResNet-50, 200 epochs, then detection on VOC 07+12: AP 58.7
 Ours: RESULTS.md.
 
 Differs from the paper: the cosine falls in every step, not once an epoch. Weights start as torch's
-and He's (fan_out); in the official code with fan_in, and the heads' biases at 0. The recipes for
-small images are ours; an image of 32 pixels has 4 x 4 positions.
+and He's (fan_out); in the official code the backbone's with fan_in, and the global head's biases
+at 0. The recipes for small images are ours; an image of 32 pixels has 4 x 4 positions.
 
 Usage:  python densecl.py    torchrun --nproc_per_node=8 densecl.py --data /path/to/imagenet
 """
@@ -46,7 +46,8 @@ IMAGENET = dict(
     warmup_epochs=0,
     queue_size=65536, ema_momentum=0.999,               # section 4.1
     temperature=0.2, dense_weight=0.5,                  # sections 4.1 and 3
-    dim=128, bn_splits=1,
+    dim=128,
+    bn_splits=8 if common.WORLD_SIZE == 1 else 1,       # the paper has 8 GPUs of 32 images
     color_strength=1.0, blur=0.5,       # MoCo v2's
     min_scale=0.2,
     knn_every=0,

@@ -11,17 +11,16 @@
     python evaluate.py compare RUN RUN                      curves and figures of several runs
 
 CHECKPOINT is a run's folder, its checkpoint.pt, or a file of another project, which needs --data.
-What is evaluated is h, the representation before the projector, but for `linear --features z`, the
-projection. The last line of stdout is JSON.
-knn, linear, finetune and detect also run under torchrun. --sweep chooses settings on training
-images that are held out; test images are not used before that.
+The representation h is evaluated, or by `linear --features z` the projection. The last line of
+stdout is JSON. knn, linear, finetune and detect also run under torchrun. --sweep chooses settings
+on held-out training images; test images are not used before that.
 
 Differs from the papers: training uses random crops and flips, tests the central crop; `linear
 --no-augment` computes the features once, much faster and a little worse. A cosine decays at every
 step, also where the original does so once an epoch. For data in memory a batch is 256 at most, in
-`finetune` an eighth of the images, and the rate follows. CPC v2: the epochs of its probe and, in
-fine-tuning, the rates of the second phase, the patience and what is held out are ours: a fifth of
-the labelled images, so that it sees no more labels than the others.
+`finetune` an eighth of the images, and the learning rate is scaled with it. CPC v2: the epochs of
+its probe and, in fine-tuning, the rates of the second phase, the patience and what is held out are
+ours: a fifth of the labelled images, so that it sees no more labels than the others.
 
 Features are float32, or float16 from a gigabyte on: 5.2 GB in each process for ImageNet's 1.28
 million of 2048 numbers. `knn` needs 0.3 GB more, `linear --protocol lbfgs` about 0.6 GB, and
@@ -68,8 +67,8 @@ FINETUNE = {
     "supervised": (dict(SUPERVISED, epochs=180), dict(SUPERVISED, epochs=90)),      # our choice
 }
 CPC = dict(BASE, batch_size=32, weight_decay=1e-4, drops=())        # C.2; there 32 a worker
-CPC_PHASES = [dict(CPC, epochs=100, lr=0.0, head_lr=0.8),           # the encoder is fixed
-              dict(CPC, epochs=30, lr=8e-4, head_lr=0.08)]          # rates from its ranges
+CPC_PHASES = [dict(CPC, epochs=100, lr=0.0, head_lr=0.8),           # encoder fixed; 0.1 at 32
+              dict(CPC, epochs=30, lr=8e-4, head_lr=0.08)]          # rates are ours
 
 # ============================================================================== encoder and data
 
@@ -84,7 +83,7 @@ def build(config):
 
 def load_encoder(args, device):
     """What is evaluated: the encoder of the checkpoint or a baseline, frozen, in eval mode; the
-    length of its h; and the checkpoint, whose input has the size that `--size` asks for.
+    dimension of h; and the checkpoint, whose input has the size that `--size` asks for.
 
     args: checkpoint, padding, view, size, baseline and seed. Raises UserError for files of no use,
     also where a weight is not finite."""
@@ -111,7 +110,7 @@ def load_encoder(args, device):
 
 def load(args, device):
     """What `load_encoder` returns, the name of the data, and its labelled images, train and val:
-    for `neighbours` of images without labels, most and the rest, of one class."""
+    for `neighbours` of images without labels, a split of them, all of one class."""
     encoder, dim, checkpoint = load_encoder(args, device)
     name = args.data or checkpoint["args"].get("data")
     root = args.root or checkpoint["args"].get("root", "data")
@@ -155,7 +154,7 @@ def choose(what, top1, held):
     return best
 
 def class_names(data):
-    """Of a data set with labels: strings, by label."""
+    """The names of the classes of a labelled data set, by label."""
     return list(data.classes or map(str, range(int(data.labels.max()) + 1)))
 
 def accuracy(logits, labels, top=1):
@@ -193,7 +192,7 @@ def linear(args, device):
     if args.features == "z":
         projector = read_projector(args.checkpoint, checkpoint).to(device)
         dim = projector(torch.zeros(1, dim, device=device)).shape[1]
-        encoder = nn.Sequential(encoder, projector)
+        encoder = nn.Sequential(encoder, projector).eval()
     input = checkpoint["input"]
     classes = len(class_names(train))
     recipe = dict(PROTOCOLS.get(args.protocol, BASE))
@@ -310,9 +309,10 @@ def draw_confusion(predicted, truth, names):
 def finetune(args, device):
     """the whole network trained on a few labels"""
     encoder, _, checkpoint, name, train, val = load(args, device)
+    input = checkpoint["input"]
     if args.protocol == "cpc":
         patch_flags(args, checkpoint)
-    input = checkpoint["input"]
+        input["size"] = args.size or min(224, input["size"])    # section 2.2; patches are of 260
     classes = len(class_names(train))
     balanced = args.subset == "balanced"
     chosen = [(label_subset(train.labels, amount, args.seed, balanced), amount)
@@ -398,7 +398,7 @@ def measure(args, model, val, input, prefix=""):
 
 def add_gains(rows):
     """Add to each row CPC v2's gain in data efficiency (its table 2): the largest measured number
-    of labelled images with which the baseline is no better than we are here, divided by the number
+    of labelled images with which the baseline is no better than ours here, divided by the number
     here; None where there is none. It is a lower bound only on the grid of the numbers that were
     measured, and for this one baseline, which is not tuned."""
     for row in rows:
@@ -568,7 +568,7 @@ def tsne(x, neighbours=30, steps=300):
 
 # ============================================================================== compare
 
-# Flags of which the scale of a loss depends.
+# Flags on which the scale of a loss depends.
 LOSS_SCALE = {"method", "batch_size", "size", "temperature", "base_temperature", "loss", "version",
               "positives", "queue_size", "negatives", "num_prototypes", "heads", "dense_weight",
               "mixture", "directions", "offsets", "patch_size", "stride", "gather", "symmetric",
@@ -742,7 +742,7 @@ def parse_args(argv=None):
     add("knn", "--temperature", type=common.positive, default=0.1,
         help="softmax temperature of the votes (default 0.1)")
     add("linear", "--protocol", choices=[*PROTOCOLS, "lbfgs"], default="simclr",
-        help="whose training (default simclr); lbfgs: logistic regression")
+        help="method whose training is used (default simclr); lbfgs: logistic regression")
     add("linear", "--features", choices=["h", "z"], default="h",
         help="what the encoder gives, or z, what the projector makes of it (default h)")
     add("linear", "--weight-decay", type=common.not_negative,
@@ -752,9 +752,9 @@ def parse_args(argv=None):
     add("finetune", "--labels", type=labels_amount, nargs="+", default=[0.01, 0.1],
         help="fractions (0.01, 1.0), or whole numbers of images of each class (default 0.01 0.1)")
     add("finetune", "--subset", choices=["balanced", "random"], default="balanced",
-        help="as many images of each class (SimCLR), or any (CPC v2)")
+        help="equally many images of each class (SimCLR), or drawn from all (CPC v2)")
     add("finetune", "--protocol", choices=["simclr", "byol", "swav", "cpc"], default="simclr",
-        help="whose training (default simclr)")
+        help="method whose training is used (default simclr)")
     add("finetune", "--baseline-epochs", type=common.count,
         help="passes over the data of the baseline; default: 180, above 2 %% of the labels 90")
     add("linear finetune", "--epochs", type=common.count,

@@ -20,7 +20,7 @@ Once the queue is full of keys the loss is near ln(K + 1), with unmix near twice
 Published (official README): CIFAR-10, ResNet-18, 1000 epochs, kNN: MoCo 89.1, with Un-Mix 91.3 %.
 
 Differs: the other image of the 2020 form is one of the same process's batch, there of the data set;
-squares have the blends' Beta distribution. The recipes are moco.py's.
+squares have the blends' Beta distribution. The recipes are moco.py's, with its two-layer head.
 
 Usage:  python image_mixture.py --mixture unmix
 """
@@ -38,24 +38,24 @@ STD = (0.229, 0.224, 0.225)
 IMAGENET = dict(
     mixture="unmix", mix_alpha=1.0,     # shares are from Beta(alpha, alpha)
     mix_count=2, mix_probability=0.1,   # 2020: mixtures of an image, and the probability of each
-    unmix_global=0.0,                                   # official main_moco_unmix.py
+    unmix_global=0.5,                   # official scripts; by default the ImageNet code has 0
     arch="resnet50", stem="imagenet", size=224,
     epochs=200, batch_size=256,         # MoCo v1, section 4
     lr=0.03, optimizer="sgd", weight_decay=1e-4,        # MoCo v1, section 4
     warmup_epochs=0,
     queue_size=65536, ema_momentum=0.999,               # MoCo v1, section 4
     temperature=0.2,                    # MoCo v2
-    dim=128, bn_splits=1,
+    dim=128,
+    bn_splits=8 if common.WORLD_SIZE == 1 else 1,       # the paper has 8 GPUs of 32 images
     color_strength=1.0, blur=0.5,       # MoCo v2
     min_scale=0.2,
     knn_every=0,
 )
-SMALL = dict(                           # the authors' CIFAR-10 demonstration
+SMALL = dict(                           # after official unmix_c10.py
     IMAGENET, arch="resnet18", stem="small", size=32,
     epochs=200, batch_size=512, lr=0.03, weight_decay=5e-4,
     queue_size=4096, ema_momentum=0.99, temperature=0.1, bn_splits=8,
     blur=0.0, min_scale=0.08,
-    unmix_global=0.5,                   # official unmix_c10.py
     knn_every=10,
 )
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores

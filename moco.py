@@ -47,7 +47,8 @@ IMAGENET = dict(
     warmup_epochs=0,
     queue_size=65536, ema_momentum=0.999,               # v1, section 4
     temperature=0.2,                    # v2, section 3, MLP head
-    dim=128, bn_splits=1,
+    dim=128,
+    bn_splits=8 if common.WORLD_SIZE == 1 else 1,       # the paper has 8 GPUs of 32 images
     color_strength=1.0, blur=0.5,       # v2, section 3
     min_scale=0.2,
     knn_every=0,

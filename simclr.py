@@ -14,10 +14,10 @@ Notation. N images in the global batch.
     f, h         encoder, h     (N, D)         the representation, what is kept
     g, z         projector, z   (N, d)         the projection, which the loss sees
     tau          temperature                   tau is the momentum of the target in BYOL
-The loss starts at ln(2N - 1), 9.01 at a batch of 4096, or above if the temperature is low, and
-never comes near 0. The log's `bound`, ln(2N - 1) - loss, is the InfoNCE bound on the mutual
-information of two views (van den Oord et al. 2018, arXiv 1807.03748): an estimate, since the two
-views of another image are not independent negatives, and below 0 it says nothing.
+The loss starts at ln(2N - 1), 9.01 at a batch of 4096, or above if the temperature is low. With
+large batches it never comes near 0. The log's `bound`, ln(2N - 1) - loss, is the InfoNCE bound on
+the mutual information of two views (van den Oord et al. 2018, arXiv 1807.03748): an estimate, since
+the two views of another image are not independent negatives, and below 0 it says nothing.
 
 Published: ImageNet, ResNet-50: linear 64.5 % after 100 epochs (table 1), 69.3 % after 1000 (table
 6); CIFAR-10: 94.0 % (B.9). Ours: RESULTS.md.

@@ -16,7 +16,7 @@ Notation. N images in the global batch.
     h            predictor, p          (N, d)         the paper's h is the predictor
 The loss starts near 0 and falls towards -1. It says nothing about the quality: a collapsed network
 reaches -1 as well. Watch `z_std`, about 1 when healthy. After a collapse all images but one of a
-batch of N coincide, since the last BN keeps the variance: 2 sqrt(N - 1) / N, 0.25 at 64.
+batch of N coincide, since the last BN keeps the variance: 2 / sqrt(N), 0.25 at 64.
 
 Published: ImageNet, ResNet-50: linear 68.1 % after 100 epochs, 71.3 % after 800 (tables 2 and 4);
 CIFAR-10, ResNet-18: 91.8 % (appendix D). Ours: RESULTS.md.

@@ -17,8 +17,9 @@ Notation. N images in the global batch.
     c, C         prototypes           (K, d)              unit length; K is MoCo's queue length
     q, Q         codes                (N, K)              q is MoCo's query and BYOL's predictor
     tau          temperature                              tau is BYOL's momentum
-The loss starts at ln K = 8.006. If it stays there, all images have one code: a smaller --epsilon
-(0.03) or a longer --freeze-epochs helps. `code_entropy`, of the mean code, stays near ln K then.
+The loss starts at ln K = 8.006. If it stays there, all images have the same code, 1/K for each
+prototype, and `code_entropy`, the mean entropy of the codes, is near ln K as well: a smaller
+--epsilon (0.03) or a longer --freeze-epochs helps.
 
 Published: ImageNet, ResNet-50, 2 x 224 + 6 x 96: linear 72.1 / 73.9 / 74.6 / 75.3 % after 100 / 200
 / 400 / 800 epochs (official README). Ours: RESULTS.md.
@@ -203,8 +204,8 @@ def train(args, device):
         if args.optimizer == "larc":
             common.larc(model.parameters(), weight_decay=args.weight_decay)
         optimizer.step()
-        mean_code = q.mean(0)
-        run.finish_step(loss, lr, z[0], views, code_entropy=torch.special.entr(mean_code).sum())
+        code_entropy = torch.special.entr(q).sum(1).mean()
+        run.finish_step(loss, lr, z[0], views, code_entropy=code_entropy)
 
 # ------------------------------------------------------------------- flags
 

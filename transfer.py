@@ -18,7 +18,8 @@ g(h). Published, for a ResNet-50 and g(h) of 2048 dimensions:
     original or corrupted         50.0   99.5    59.6       by Gaussian noise
     original or Sobel             50.0   96.6    56.3
 For each of the last three rows the paper's network was pre-trained with that transformation as one
-more augmentation, which g learned to ignore. Our runs were not: there g(h) tells more.
+more augmentation, which g learned to ignore, as in `experiments.py simclr-table3`. After a default
+run of simclr.py, which has none of them, g(h) tells more.
 
 Differs from the paper, or is open there: a hidden layer of 512 units, noise of standard deviation
 0.1, and when to stop. The classifiers begin at chance and stop at the lowest loss on held-out
@@ -242,7 +243,7 @@ def invariance(args, device):
             common.seed_all(args.seed, 4, len(rows), split)
             some = evaluate.subset(data, torch.randperm(len(data))[:args.count])
             y = draw_classes(shares, len(some)).to(device)
-            h = transformed_features(args, encoder, some, task, y, checkpoint["input"])
+            h = transformed_features(args, encoder, some, task, y, checkpoint["input"], split)
             spaces.append({"h": (h, y), "g(h)": (projector(h), y)})
         for space, of_train in spaces[0].items():
             common.seed_all(args.seed, 5, len(rows))
@@ -263,7 +264,7 @@ def draw_classes(shares, n):
     return torch.bucketize(torch.arange(n) + 0.5, first)[torch.randperm(n)]
 
 @torch.no_grad()
-def transformed_features(args, encoder, data, task, y, input):
+def transformed_features(args, encoder, data, task, y, input, split):
     """h (n, D) of the test crops of `data`, transformed as y (n,) says."""
     crop = common.CenterCrop(input["size"], interpolation=input["interpolation"])
     in_order = common.InOrder(data, [crop], size=256)
@@ -272,7 +273,7 @@ def transformed_features(args, encoder, data, task, y, input):
     for ((x,), _, broken), classes in zip(crops, y.split(256)):
         if data.in_workers:
             common.note_broken(data, broken)
-        common.seed_all(args.seed, 6, len(data), len(h))        # other noise for every batch
+        common.seed_all(args.seed, 6, split, len(h))            # other noise for every batch
         x = common.normalize(transform(task, x, classes), input["mean"], input["std"])
         with torch.autocast(y.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             h.append(encoder(x).float())

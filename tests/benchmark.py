@@ -13,7 +13,7 @@ libraries take part where they are installed: pip install lightly; pip install s
     augmentation, log and checkpoints: forward, loss, backward and optimizer. A ResNet-18 as for
     CIFAR, on a CPU, or the GPU where there is one. The goal is 1.05 on a CPU, 1.15 on a GPU; for
     CPC v2, which augments 49 patches an image, 1.15 on both.
-(d) Memory a GPU of every recipe, `imagenet` on 8 GPUs and `small` on one, estimated from a few
+(d) Memory per GPU of every recipe, `imagenet` on 8 GPUs and `small` on one, estimated from a few
     images on the CPU, with convolutions that give zeros: parameters, gradients, optimizer and
     buffers, and what autograd keeps for the backward pass, in bf16, for the images of one GPU.
     Without the logits of the whole batch, the workspaces of convolutions, and what is kept only

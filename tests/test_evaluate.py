@@ -256,6 +256,7 @@ def test_a_probe_that_diverges_says_so(checkpoint, capsys, args, lr):
 
 @pytest.mark.parametrize("task,args", [
     ("knn", []), ("linear", ["--no-augment", "--epochs", 2]),
+    ("linear", ["--features", "z", "--epochs", 1]),
     pytest.param("linear", ["--protocol", "lbfgs"], marks=pytest.mark.slow)])
 def test_a_sweep_does_not_see_the_test_images(checkpoint, tmp_path, monkeypatch, capsys, task, args,
                                               little_data):
@@ -296,6 +297,23 @@ def test_both_phases_of_fine_tuning(cpc_checkpoint, tmp_path, capsys, little_dat
     assert row["images"] == 60 and 0 <= row["top1"] <= row["top5"] <= 100
     assert "encoder fixed: loss " in told and "on 12 held-out training images" in told
     assert "encoder trained: loss " in told
+
+def test_fine_tuning_sees_whole_images_of_224_pixels(cpc_checkpoint, tmp_path, monkeypatch):
+    saved = torch.load(cpc_checkpoint)
+    saved["input"]["size"] = 260                # of which pre-training cuts patches
+    saved["args"]["resize"] = 300
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    sizes = []
+
+    def noting(args, phases, encoder, data, held, classes, input, device):
+        sizes.append(input["size"])
+        raise common.UserError("enough")
+
+    monkeypatch.setattr(evaluate, "tune_cpc", noting)
+    for size in ([], ["--size", 96]):
+        with pytest.raises(common.UserError, match="enough"):
+            ask("finetune", tmp_path / "checkpoint.pt", "--protocol", "cpc", "--labels", 6, *size)
+    assert sizes == [224, 96]
 
 @pytest.mark.parametrize("size", ["7", "19"])
 def test_sizes_that_do_not_fit_the_patches(cpc_checkpoint, capsys, size):

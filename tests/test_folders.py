@@ -10,7 +10,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import common
+import moco
 import simclr
+import swav
 from conftest import command, environment, launched_wrongly, mistake, run, train
 from test_common import pictures
 
@@ -150,6 +152,10 @@ def test_few_images_have_a_recipe_whose_warmup_follows_the_epochs(photos):
     assert args.recipe == "few images" and args.warmup_epochs == args.epochs / 20
     args = simclr.parse_args(["--data", str(photos), "--epochs", "6"])
     assert args.epochs == 6 and args.warmup_epochs == 0.3
+    args = moco.parse_args(["--data", str(photos)])             # 120 images
+    assert args.batch_size == 16 and args.queue_size == 32
+    args = swav.parse_args(["--data", str(photos)])
+    assert args.size == 64 and args.small_size == 27            # as 224 and 96
 
 def test_one_broken_image_is_named_once_and_more_than_1_percent_stop_the_run(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "data")

@@ -1,5 +1,6 @@
 """moco.py: the loss against its equation, the key encoder, the queue, batch norm over parts of a
 batch, what shuffling is for, and the order of a step."""
+import importlib
 import math
 
 import pytest
@@ -110,6 +111,7 @@ def test_versions():
     version_1 = ["--recipe", "imagenet", "--version", "1"]
     assert moco.parse_args(version_1).temperature == 0.07
     assert moco.parse_args([*version_1, "--temperature", "0.3"]).temperature == 0.3
+    assert moco.parse_args(["--recipe", "imagenet-v1", "--version", "2"]).temperature == 0.2
 
 # ------------------------------------------------------------------- split batch norm, shuffling
 
@@ -217,6 +219,11 @@ def test_keys_come_back_to_their_own_images():
     order = moco.permutation(6, step=1)
     for a, b in zip(model(x_q, x_k, order), model(x_q, x_k, torch.arange(6))):
         assert torch.allclose(a, b, atol=1e-6)
+
+@pytest.mark.parametrize("script", ["moco", "densecl", "image_mixture"])
+def test_every_recipe_splits_the_batch_of_one_process_for_bn(script):
+    recipes = importlib.import_module(script).RECIPES
+    assert all(recipe["bn_splits"] > 1 for recipe in recipes.values())
 
 def test_two_processes_shuffle_as_one():
     two_processes("shuffling")

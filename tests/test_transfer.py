@@ -461,14 +461,15 @@ def test_transformations():
             assert grey == (task != "original or corrupted")
 
 def test_every_image_has_noise_of_its_own():
-    """Also those at the same place of two batches."""
+    """Also those at the same place of two batches, and of the training and test images."""
     grey = torch.full((512, 3, 4, 4), 128, dtype=torch.uint8)
     data = common.Images(grey, torch.zeros(512), "cpu")
     y = torch.ones(512, dtype=torch.int64)
     input = dict(size=4, mean=[0] * 3, std=[1] * 3, interpolation="bilinear")
     args = transfer.parse_args(["C", "--invariance"])
-    h = transfer.transformed_features(args, nn.Flatten(), data, "original or corrupted", y, input)
-    assert h.shape == (512, 48) and len(h.unique(dim=0)) == 512
+    h = torch.cat([transfer.transformed_features(args, nn.Flatten(), data, "original or corrupted",
+                                                 y, input, split) for split in (0, 1)])
+    assert h.shape == (1024, 48) and len(h.unique(dim=0)) == 1024
 
 @pytest.mark.parametrize("head", ["nonlinear", "linear"])
 def test_the_projector_is_the_one_that_was_trained(head, tmp_path):
