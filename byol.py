@@ -77,7 +77,7 @@ RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET, "imagenet-100
 
 @common.in_chunks
 def augment(x, strength, blur, solarize, grayscale=0.2, additive=True):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.2 * strength, 0.1 * strength,
                             additive=additive)
     x = common.grayscale(x, grayscale)
@@ -122,8 +122,8 @@ def mlp(dim_in, hidden, dim):
 # ------------------------------------------------------------------- loss (equation 2)
 
 def regression_loss(p, z):
-    """2 - 2 cos(p, z) averaged over the images, in 0..4, of one order. p, z (N, d), of any length;
-    z should have no gradient."""
+    """Equation 2, one order: 2 - 2 cos(p, z), in 0..4, averaged over the images. p, z (N, d),
+    of any length; z should have no gradient."""
     return (2 - 2 * (F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1)).mean()
 
 # ------------------------------------------------------------------- training (Algorithm 1)

@@ -76,8 +76,8 @@ def learning_rate(step, total, recipe):
     return recipe["factor"] ** sum(step >= drop * total for drop in recipe["drops"])
 
 def batch_size(args, data, default, least=1):
-    """`--batch-size`, or `default` images, or all if there are fewer. Batch norm needs `least` images
-    in each process."""
+    """`--batch-size`, or `default` images, or all if there are fewer. Batch norm needs `least`
+    images in each process."""
     least *= common.WORLD_SIZE
     fits = min(max(default, least), len(data)) // common.WORLD_SIZE * common.WORLD_SIZE
     size = args.batch_size or fits

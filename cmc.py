@@ -57,7 +57,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     SMALL, arch="resnet10x0.25", size=24,               # two narrow networks are slow on a CPU
     epochs=24, batch_size=64, lr=0.016, optimizer="adamw", schedule="cosine", weight_decay=1e-4,
     warmup_epochs=1, negatives=0, temperature=0.1,
-    color_strength=2.0,                 # one tint an image, which both views would see
+    color_strength=2.0,                 # one tint per image, which both views would see
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=6,
 )
@@ -67,7 +67,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.in_chunks
 def augment(x, strength):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored; the paper's strength is 0."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped; the paper's strength is 0."""
     if not strength:
         return x
     return common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength)

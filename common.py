@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 BUSY = os.getloadavg()[0] > 0.7     # other programs ran in the last minute
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 MAIN = Path(getattr(sys.modules["__main__"], "__file__", "notebook.py")).resolve()
 if MAIN.parent == Path(__file__).resolve().parent:      # a script of ours, not a notebook
     def stop_early(number, _):                          # while torch is imported
         os.write(2, f"stopped by {signal.Signals(number).name}; nothing was saved\n".encode())
         os._exit(130 if number == signal.SIGINT else 0)
 
-    signal.signal(signal.SIGINT, stop_early)
-    if MAIN.stem not in ("evaluate", "transfer", "experiments"):
-        signal.signal(signal.SIGTERM, stop_early)
-        signal.signal(signal.SIGUSR1, stop_early)
+    for s in SIGNALS[:1] if MAIN.stem in ("evaluate", "transfer", "experiments") else SIGNALS:
+        signal.signal(s, stop_early)
     if BUSY:                        # threads that wait by spinning are slow beside other programs
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -122,34 +121,31 @@ class Folder:
         except Exception:                               # a broken file fails in many ways
             return None
 
-TORCHVISION = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "stl10": ("STL10", "stl10_binary"),
-               "cifar100": ("CIFAR100", "cifar-100-python")}
-DATA = ["shapes", *TORCHVISION]
+DATA = ["shapes", "cifar10", "stl10", "cifar100"]           # all but the first are torchvision's
 
 @functools.lru_cache(maxsize=8)
 def load_data(name, root="data", split="train", device="cpu"):
     """The data set `name`, an `Images`, or a directory of train/<class>/* and val/<class>/*, a
-    `Folder`. `split` is "train" or "val", with labels, or "pretrain", which adds the unlabelled
-    images of stl10, and is every image below a directory without class folders. torchvision's sets
+    `Folder`. `split` is "train" or "val", with labels, or "pretrain": "train", of stl10 with its
+    unlabelled images, of a directory without class folders all images below it. torchvision's sets
     lie in `root`, or are downloaded there. Raises UserError."""
     if split == "pretrain" and name != "stl10" and has_labels(name):
         return load_data(name, root, "train", device)
     if name == "shapes":
         images, labels, _ = draw_shapes(*((2000, 2) if split == "val" else (5000, 1)))
         return Images(images, labels[:, 0], device, CLASSES)
-    if name not in TORCHVISION:
+    if name not in DATA:
         return load_folder(name, split)
-    class_name, folder = TORCHVISION[name]
+    data_set = getattr(torchvision.datasets, name.upper())
     part = dict(train=split != "val")
     if name == "stl10":
         part = dict(split=dict(pretrain="train+unlabeled", train="train", val="test")[split])
     if LOCAL_RANK > 0:
         dist.barrier()                          # the first process of a machine downloads
-    where = Path(root, folder)
+    where = Path(root, data_set.base_folder)
     missing = not where.exists()
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            data = getattr(torchvision.datasets, class_name)(root, download=missing, **part)
+        data = data_set(root, download=missing, **part)
     except Exception as e:                      # torchvision and pickle raise many kinds
         what = "not found, and could not be downloaded" if missing else "damaged or incomplete"
         raise UserError(f"--data {name}: {what}: {where} in --root ({first_line(e)})") from None
@@ -261,7 +257,7 @@ class Batches:
 
 class InOrder:
     """All images in order, `size` at once, for evaluation. Each process has a share of the same
-    size; the last one goes on with the first images where the number is no multiple."""
+    size: where the images do not divide evenly, the last one repeats the first images."""
 
     def __init__(self, data, crops, size=256):
         self.data = data
@@ -344,8 +340,8 @@ class Crop(NamedTuple):
 
 class CenterCrop(NamedTuple):
     """The test crop: the central square of `fraction` of the shorter side, resized to `size` x
-    `size` (0.875 and 224: resized to 256, of which the central 224). Images of up to 32 pixels are
-    not cropped, as in SimCLR's official code."""
+    `size` (0.875 and 224: resized to 256, of which the central 224). For a `size` of up to 32 the
+    whole central square is taken, as in SimCLR's official code."""
     size: int
     fraction: float = 0.875
     interpolation: str = "bilinear"
@@ -416,8 +412,8 @@ def crop_one(image, crop):
     return views
 
 def chunks(x):
-    """Slices of the batch `x`: on a CPU so many images as stay in its cache, which makes what is
-    done to them several times faster; on a GPU the whole batch."""
+    """Slices of the batch `x`: on a CPU of as many images as fit in its cache, which makes the
+    operations on them several times faster; on a GPU the whole batch."""
     chunk = 256 * 32 * 32 // (x.shape[2] * x.shape[3]) if x.device.type == "cpu" else len(x)
     return [slice(i, i + max(1, chunk)) for i in range(0, len(x), max(1, chunk))]
 
@@ -465,7 +461,7 @@ def grayscale(x, p=0.2):
 def color_jitter(x, brightness, contrast, saturation, hue, p=0.8, additive=False):
     """torchvision's ColorJitter: four operations in random order, with factors uniform in
     max(0, 1 - strength)..1 + strength and a hue shift in -hue..hue of the circle, clipped to 0..1
-    after each. The order is drawn for at most 64 images, on a GPU for a quarter of them. `additive`
+    after each. Every 64 images share one order, on a GPU every quarter of the batch. `additive`
     brightness adds a number in -brightness..brightness instead, as Inception's does."""
 
     def jitter(x):
@@ -484,6 +480,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, p=0.8, additive=False
     return on_some(x, p, jitter)
 
 def adjust_brightness(x, factor):
+    """Multiply by `factor`, which is (N, 1, 1, 1) here and below, and clip to 0..1."""
     return x.mul_(factor).clamp_(0, 1)
 
 def adjust_contrast(x, factor):
@@ -520,7 +517,8 @@ def adjust_hue(x, shift):
 
 def gaussian_blur(x, p=0.5, sigma=(0.1, 2.0), kernel_size=None):
     """Gaussian blur, the standard deviation uniform in `sigma` pixels, mirrored at the border.
-    `kernel_size`, odd, is the number of taps; by default all that matter."""
+    `kernel_size`, odd, is the number of taps; by default all that matter. Pillow's blur, which
+    MoCo, SimSiam and SwAV use, approximates it by box filters."""
     radius = math.ceil(4 * sigma[1]) if kernel_size is None else kernel_size // 2
     radius = min(radius, min(x.shape[2:]) - 1)
 
@@ -570,7 +568,7 @@ class ResNet(nn.Module):
     "small" for images of 32 to 96 pixels, 3x3 without max-pooling. `zero_init` starts residual
     branches at 0 (the last norm's scale). `in_channels` and `stem_width` are what the stem takes
     and gives. It has `.dim`, `.maps(x)` and `.config`, the arguments that build it again. Raises
-    ValueError for anything else."""
+    ValueError for an unknown arch, norm or stem."""
 
     def __init__(self, arch, norm="batch", stem="imagenet", zero_init=False, in_channels=3,
                  stem_width=None):
@@ -582,7 +580,7 @@ class ResNet(nn.Module):
                            stem_width=stem_width)
         norm = NORMS[norm]
         block = BasicBlock if depth < 50 else Bottleneck
-        widths = [max(1, round(64 * multiplier * 2 ** i)) for i in range(4)]
+        widths = [round(64 * multiplier * 2 ** i) for i in range(4)]
         channels = stem_width or widths[0]
         small = stem == "small"
         kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
@@ -683,13 +681,11 @@ def larc(weights, trust_coefficient=1e-3, weight_decay=0.0, eps=1e-8):
 
 # ============================================================================== 5. Bookkeeping
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-
 class UserError(ValueError):
     """A mistake of the user: `launch` prints its one line and exits with status 2."""
 
 class Stopped(BaseException):
-    """A signal ended the run, and everything is saved."""
+    """A signal ended the run; what had to be saved is saved."""
     asked = None            # the signal that asked for it
     at_once = True          # False in a training step, the end of which sees to it
 
@@ -787,10 +783,9 @@ def distribute(model, compiled):
         network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         # DDP adds gradients in an order that it finds in the first backward pass. One pass of the
         # parameters alone gives the first step after resuming the same order.
-        forward = model.forward
         model.forward = lambda: sum(w.sum() for w in model.parameters() if w.requires_grad)
         network().backward()
-        model.forward = forward
+        del model.forward                               # the class has its own
         model.zero_grad()
     if compiled and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise UserError("--compile: cannot compile SyncBatchNorm, which several GPUs need")
@@ -849,7 +844,7 @@ def number(kind, low, high):
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
-positive = number(float, 1e-30, 1e30)       # float32 can hold it, and lr * batch / 256
+positive = number(float, 1e-30, 1e30)       # it, and lr * batch / 256, fit in float32
 not_negative = number(float, 0, 1e30)
 fraction = number(float, 0, 1)
 count = number(int, 1, 2 ** 31 - 1)
@@ -884,9 +879,9 @@ class Parser(LineParser):
         add("--data", type=data_name, default="shapes", metavar="NAME|DIR",
             help=f"{', '.join(DATA)}, or a directory of images")
         add("--root", default="data", help="folder that holds the named data sets")
-        add("--recipe", choices=list(recipes), help="set of defaults; if missing, by the data")
+        add("--recipe", choices=list(recipes), help="set of defaults (default: that of --data)")
         add("--arch", help="resnet10 ... resnet200, with a width: resnet50x2, resnet18x0.25")
-        add("--stem", choices=["imagenet", "small"], help="small: 3x3, without max-pooling")
+        add("--stem", choices=["imagenet", "small"], help="first layer; small: 3x3, no max-pooling")
         add("--size", type=count, help="side of the crops in pixels")
         add("--epochs", type=count, help="passes over the data")
         add("--batch-size", type=count, help="images in a batch, over all processes")
@@ -921,7 +916,7 @@ class Parser(LineParser):
         self.set_defaults(**self.recipes[name] | dict(recipe=name) | few)
         return self.parse_args(self.argv)
 
-def few_images(n, recipes, epochs=None):
+def few_images(n, recipes, epochs):
     """Changes to the recipe `shapes` for `n` photographs: ten minutes on a laptop, or on a GPU, if
     `epochs` are not given."""
     gpu = torch.cuda.is_available()
@@ -948,8 +943,7 @@ def read_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(saved.get(key), kind)]
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()            # torch.load does not look at the checksums
+        damaged = zipfile.ZipFile(path).testzip()       # torch.load does not look at the checksums
     except OSError:
         raise
     except Exception:                           # torch raises half a dozen kinds
@@ -960,12 +954,15 @@ def read_checkpoint(path):
         raise UserError(f"{path}: damaged, the checksum of {damaged} is wrong")
     return saved
 
-def write_atomically(path, content):
-    """Write the bytes to a new file, which then replaces `path`: that is whole at any time."""
+def write_atomically(path, save):
+    """Write what `save(file)` puts into a binary file, to a new file, which then replaces `path`:
+    that is whole at any time."""
+    content = io.BytesIO()          # torch.save into a file would not say that the disk is full
+    save(content)
     new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
-            file.write(content)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -1075,9 +1072,7 @@ class Run:
     def _save(self):
         states = [self.model.state_dict(), *self.optimizer.state_dict()["state"].values()]
         tensors = [v for state in states for v in state.values() if torch.is_tensor(v)]
-        tensors = [v for v in tensors if v.is_floating_point() and v.numel()
-                   and v.device == self.device]                 # Adam's count of steps is not
-        if not torch.stack(torch._foreach_norm(tensors, math.inf)).isfinite().all():
+        if not all(v.isfinite().all() for v in tensors):
             self._not_finite("a weight or a running statistic is not finite")
         if RANK == 0:
             content = dict(
@@ -1086,9 +1081,7 @@ class Run:
                 input=self.input, model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(), step=self.step, source=self.source,
                 processes=WORLD_SIZE, images=len(self.batches.data))
-            file = io.BytesIO()
-            torch.save(content, file)
-            write_atomically(self.checkpoint, file.getvalue())
+            write_atomically(self.checkpoint, lambda file: torch.save(content, file))
         self.saved_at = time.perf_counter()
 
     def _not_finite(self, what):
@@ -1107,7 +1100,7 @@ class Run:
                 if self.step and entries["step"] <= self.step:
                     kept.append(line + b"\n")
         if b"".join(kept) != before:
-            write_atomically(self.log_file, b"".join(kept))
+            write_atomically(self.log_file, lambda file: file.writelines(kept))
         return [json.loads(line) for line in kept]
 
     def crops(self, step):
@@ -1153,7 +1146,7 @@ class Run:
         self.tell_at = self.clock + 3
 
     def finish_step(self, loss, lr, z, views, **entries):
-        """Log, save, measure and stop, as far as it is time for that. loss: a scalar; lr: a number;
+        """Log, save, measure and stop, each when it is due. loss: a scalar; lr: a number;
         z (N, d): projections, for `z_std`; views: a list, for views.png; entries: further scalars
         for the log. What is logged is this step's, as the mean over the processes."""
         self.step += 1
@@ -1194,14 +1187,14 @@ class Run:
         return self.labelled and (self.step == self.total or self._every(every))
 
     def _measure(self):
-        """Log kNN accuracy, where there are labels, unless that is done, and draw the curves."""
+        """Log kNN accuracy, where there are labels, unless it was before; draw the curves."""
         if any(line["step"] == self.step and "knn" in line for line in self.log[-1:]):
             return
         knn = dict(knn=self._knn(self.encoder, self.input)) if self.labelled else {}
         if RANK == 0:
             lines = [*self.log, dict(step=self.step, **knn)]
             draw_curves({self.folder.name: lines}, self.folder / "curves.png")
-        if knn:                     # last: a run that is killed before does all of it again
+        if knn:                     # last, so that a run killed in between repeats both
             self._append(**knn)
         self._start_clock()
 
@@ -1260,15 +1253,13 @@ class Run:
         """A row for each of the first images of the batch: the image, and its views."""
         indices = self.indices[:8]
         whole, _, _ = self.batches.data.crop(indices, [CenterCrop(self.args.size, 1.0)], 0)
-        mean = torch.tensor(self.input["mean"])[:, None, None]
-        std = torch.tensor(self.input["std"])[:, None, None]
+        mean, std = [torch.tensor(self.input[key])[:, None, None] for key in ("mean", "std")]
         columns = [whole[0].cpu() / (255 if whole[0].dtype == torch.uint8 else 1)]
         columns += [view[:8].detach().float().cpu() * std + mean for view in views]
         side = max(96, self.args.size)
         tiles = torch.stack([F.interpolate(column, side) for column in columns], 1).flatten(0, 1)
-        file = io.BytesIO()
-        torchvision.utils.save_image(tiles, file, "png", nrow=len(columns), pad_value=1)
-        write_atomically(self.folder / "views.png", file.getvalue())
+        write_atomically(self.folder / "views.png", lambda file: torchvision.utils.save_image(
+            tiles, file, "png", nrow=len(columns), pad_value=1))
 
 def read_log(folder):
     """The lines of a run's log as dicts."""
@@ -1304,14 +1295,12 @@ def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams["text.parse_math"] = False     # a $ in a name is one
+    plt.rcParams["text.parse_math"] = False     # draw a $ in a name as it is
     return plt
 
 def save_picture(figure, path):
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110, format="png")
+    write_atomically(path, functools.partial(figure.savefig, dpi=110, format="png"))
     pyplot().close(figure)
-    write_atomically(path, file.getvalue())
 
 @torch.no_grad()
 def features(encoder, data, input, workers=0, precision="fp32"):

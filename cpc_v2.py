@@ -2,11 +2,11 @@
 Henaff et al., ICML 2020, arXiv 1905.09272.
 
 Idea. Cut an image into overlapping patches and encode each alone. A context network that sees only
-the rows at or above a place predicts what the patches some rows further down look like to the
+the rows at or above a position predicts what the patches some rows below it look like to the
 encoder: it must find the true one among the patches of all images. The same goes upwards, leftwards
 and rightwards. Patches are augmented one by one: what their pixels share does not help.
 
-Objective (section 2.1), a mean over images, places and directions, a sum over the offsets k:
+Objective (section 2.1), a mean over images, positions and directions, a sum over the offsets k:
     l(i, j, k) = -log  exp(p . z'_(i+k, j)) / sum over all z'_l of the batch of exp(p . z'_l)
     p = 0.1 W_k c_(i, j),   z' = W z
 
@@ -21,10 +21,10 @@ Published: ImageNet, ResNet-161: linear 71.5 % (table 1). Ours: RESULTS.md.
 
 Left open by the paper: the printed code has one offset, k = 3, `--offsets 3 4 5` is the other
 reading; each direction has its own W and W_k; ResNet-161 is 3, 4 and 46 blocks, 303.6 M parameters
-(the paper says 305 M); layer norms span the channels and places of one patch; the last ReLU of the
-context network comes once; no rate schedule; images are mirrored. Differs: AutoAugment lacks cutout
-and sample pairing and has uniform strengths; negatives are 64 x 36 of a process, there 16 x 36
-(8 processes, there 32; `--gather`: of all); the average of the weights starts at the initial ones.
+(the paper says 305 M); layer norms span a patch's channels and positions; the context network's
+last ReLU comes once; constant rate, flips, strength of warps. Differs: AutoAugment lacks cutout and
+sample pairing and has uniform strengths; negatives: 64 x 36 of each of 8 processes, there 16 x 36
+of 32 (`--gather`: of all); the average starts at the initial weights; kNN is of whole images.
 Usage:  python cpc_v2.py    torchrun --nproc_per_node=8 cpc_v2.py --data /path/to/imagenet
 """
 import copy
@@ -361,7 +361,7 @@ def recompute_blocks(encoder):
 # ------------------------------------------------------------------- loss (section 2.1, appendix A)
 
 def cpc_loss(predictions, targets, offset):
-    """InfoNCE, a scalar, the mean over all places with a target `offset` rows below. predictions
+    """InfoNCE, a scalar, the mean over all positions with a target `offset` rows below. predictions
     (N, R - offset, C, d), scaled; targets (N, R, C, d), which are all of the candidates."""
     n, rows, columns, _ = targets.shape
     logits = predictions.flatten(0, 2) @ targets.flatten(0, 2).T        # (N (R - k) C, N R C)

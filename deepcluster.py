@@ -64,7 +64,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     epochs=8, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=0.5,
     min_scale=0.4, small_crops=2, small_size=16, small_scale=0.2,
     num_prototypes=30, hidden=256,
-    color_strength=1.0,                 # one tint an image, which is what the jitter removes
+    color_strength=1.0,                 # one tint per image, which is what the jitter removes
     knn_every=2,
 )
 VERSION_1 = dict(version=1, large_crops=1, small_crops=0, heads=1, iterations=20)
@@ -81,7 +81,7 @@ RECIPES = {
 
 @common.in_chunks
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     if strength:
         x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
         x = common.grayscale(x, p=0.2)

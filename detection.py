@@ -9,7 +9,7 @@ kit (there above it). An encoder without a fourth stage to spare gets three new 
 
 Boxes are x0, y0, x1, y1 in pixels from 0, the ends excluded.
 """
-import io, math, os, zipfile, zlib
+import math, os, zipfile, zlib
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -479,10 +479,9 @@ def save(path, settings, step, model, optimizer):
     if not torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all():
         raise common.UserError(f"a weight is not finite after step {step}; try a lower --lr")
     if common.RANK == 0:
-        file = io.BytesIO()
-        torch.save(dict(settings=settings, step=step, model=model.state_dict(),
-                        optimizer=optimizer.state_dict()), file)
-        common.write_atomically(path, file.getvalue())
+        state = dict(settings=settings, step=step, model=model.state_dict(),
+                     optimizer=optimizer.state_dict())
+        common.write_atomically(path, lambda file: torch.save(state, file))
 
 def resume(path, settings, model, optimizer):
     """Load the state at `path` if there is one; returns the number of steps done."""

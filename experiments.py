@@ -67,7 +67,8 @@ def experiment(name, shows, asks, rows, **options):
 def vary(flag, values):
     """Rows of a flag with these values, or with the keys of {value: the paper's figure}."""
     values = values if isinstance(values, dict) else dict.fromkeys(values)
-    return {str(value): (f"{flag} {value}", figure) for value, figure in values.items()}
+    name = flag.split()[-1].strip("-")
+    return {f"{name} {value}": (f"{flag} {value}", figure) for value, figure in values.items()}
 
 def cross(first, flag, values, figures=itertools.repeat(None)):
     """Rows "label, value" for each of `first`, label -> flags, and each value of the flag."""
@@ -95,7 +96,7 @@ def pairs(*names):
 
 experiment("simclr-table1", "table 1", "How strong should the colour distortion be?", {
     **vary("--augment crop,color --color-strength", {0.125: 59.6, 0.25: 61.0, 0.5: 62.6, 1: 63.2}),
-    "1, blur": ("--augment crop,color,blur --color-strength 1", 64.5)})
+    "color-strength 1, blur": ("--augment crop,color,blur --color-strength 1", 64.5)})
 experiment("simclr-figure5", "figure 5, operations on one branch",
            "Which operations are a good task only together?", pairs("crop", "cutout", "color"))
 experiment("simclr-figure5-all", "figure 5", "The same for all operations, in half the epochs.",
@@ -125,7 +126,7 @@ experiment("simclr-tableB1", "table B.1, batch size (ours: 1/16) and the rate's 
                {"linear": "", "sqrt": "--lr-scaling sqrt --lr 1.5"}, "--batch-size", (16, 64, 256),
                (57.5, 62.8, 64.6, 62.8, 64.3, 64.5)),
            times={"--batch-size": 16}, paper="--lr 0.3")
-experiment("simclr-table4", "tables 2 and 4", "What is better about the softmax?", {
+experiment("simclr-table4", "tables 2 and 4", "Is NT-Xent better than other contrastive losses?", {
     "margin": ("--loss margin", 50.9), "NT-logistic": ("--loss nt-logistic", 51.6),
     "margin, semi-hard": ("--loss margin --semi-hard", 57.5),
     "NT-logistic, semi-hard": ("--loss nt-logistic --semi-hard", 57.9), "NT-Xent": ("", 63.9)})
@@ -140,8 +141,8 @@ experiment("simclr-table5", "table 5, with accuracy and entropy of the contrasti
            "Does z need unit length and a temperature?", {
                **vary("--temperature", {0.05: (59.7, 90.5, 1.0), 0.1: (64.4, 87.8, 4.5),
                                         0.5: (60.7, 68.2, 8.2), 1: (58.0, 59.1, 8.3)}),
-               "10, any length": ("--loss unnormalized --temperature 10", (57.2, 91.7, 0.5)),
-               "100, any length": ("--loss unnormalized --temperature 100", (57.0, 92.1, 0.5))},
+               "10, not normalised": ("--loss unnormalized --temperature 10", (57.2, 91.7, 0.5)),
+               "100, not normalised": ("--loss unnormalized --temperature 100", (57.0, 92.1, 0.5))},
            log=["contrast_accuracy", "contrast_entropy"])
 CPC = {"version 1": "--arch resnet10x0.125 --directions 1 --norm batch --patch-augment none "
                     "--patch-size 12 --stride 9",
@@ -203,12 +204,12 @@ experiment("byol-momentum", "table 5a", "How fast should the target follow?",
            vary("--ema-momentum", (0, 0.5, 0.9, 0.99, 1)))
 experiment("simsiam-figure2", "figure 2", "What does the stop-gradient prevent?", {
     "stop-gradient": ("", 68.1), "without": ("--no-stop-gradient", 0.1)}, log=["z_std"])
-experiment("simsiam-table1", "table 1 (fixed: section 4.2)", "Which predictor does it need?", {
+experiment("simsiam-table1", "table 1 (fixed: section 4.2)", "Which predictor does SimSiam need?", {
     "decayed": ("--predictor decayed", 67.7), "not decayed": ("--predictor trained", 68.1),
     "fixed": ("--predictor fixed", 1.5), "none": ("--predictor none", 0.1)}, log=["z_std"])
 experiment("simsiam-table3", "table 3; all is unstable", "Where do the heads need BN?", vary(
     "--head-norm", {"none": 34.6, "hidden": 67.4, "default": 68.1, "all": None}), log=["z_std"])
-experiment("simsiam-symmetric", "section 4.6", "Does it need to predict both ways?", {
+experiment("simsiam-symmetric", "section 4.6", "Does SimSiam need the symmetric loss?", {
     "symmetric": ("", 68.1), "asymmetric": ("--asymmetric", 64.8)})
 experiment("simsiam-alternate", "section 5", "May the targets be fixed for some steps?",
            vary("--alternate", (1, 10, 100)))
@@ -229,7 +230,7 @@ experiment("deepcluster-versions", "official README", "What did version 2 of Dee
 experiment("deepcluster-clusters", "version 1's number of clusters", "How many clusters?",
            vary("--num-prototypes", (10, 30, 100, 300)), times={"--num-prototypes": 100})
 experiment("densecl-lambda", "detection on VOC 07+12 (ours: on drawn scenes)",
-           "How much of the dense loss?",
+           "How large should the weight of the dense loss be?",
            vary("--dense-weight", {0: 57.0, 0.25: None, 0.5: 58.7, 0.75: None, 1: None}),
            evaluate=["evaluate.py detect RUN", LINEAR])
 experiment("supcon-temperature", "a plot", "Which temperature?",
@@ -240,7 +241,7 @@ experiment("supcon-labels", "official README, CIFAR-10, 1000 epochs",
            "What do labels add to SimCLR?", {"SupCon": ("", 96.0), "SimCLR": ("simclr.py", 93.6)},
            paper="--data cifar10 --recipe small --arch resnet50 --epochs 1000")
 experiment("supcon-cross-entropy", "official README, CIFAR-10 (ours: fine-tuned)",
-           "Is it better than cross entropy?", {"SupCon": ("", 96.0), "supervised": ("", 95.0)},
+           "Is SupCon better than cross entropy?", {"SupCon": ("", 96.0), "supervised": ("", 95.0)},
            evaluate=["evaluate.py finetune RUN --labels 1.0 --baseline supervised"], minutes=20,
            paper="--data cifar10 --recipe small --arch resnet50 --epochs 1000")
 experiment("image_mixture-kinds", "Un-Mix's README, kNN on CIFAR-10",
@@ -433,7 +434,7 @@ def report(name, args, runs):
         same, pairs = agreement([row[column] for row in means], [bar[3] for bar in bars])
         if pairs and column in (columns[0], "knn"):
             orders.append(f"{column} {same} of {pairs}")
-    order = "No figures of the paper to compare the order with."
+    order = "The paper gives no numbers to compare with."
     if orders:
         order = f"Pairs of rows that have the paper's order: {', '.join(orders)}."
     question = f"{entry['asks']} Paper: {entry['shows']}."
@@ -463,7 +464,8 @@ def write_section(key, lines):
     old, _, after = rest.partition(end)
     note = "".join(old.partition("\nNote: ")[1:])
     section = begin + "\n".join(lines) + "\n" + note + end
-    common.write_atomically(path, (before + "\n" * (not found) + section + after).encode())
+    text = before + "\n" * (not found) + section + after
+    common.write_atomically(path, lambda file: file.write(text.encode()))
 
 def draw(title, bars, path):
     """Our figures and the paper's, of bars: (label, ours, spread, the paper's)."""

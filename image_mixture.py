@@ -62,7 +62,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     SMALL, arch="resnet10x0.25", size=24,
     epochs=10, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=1,
     queue_size=2048, temperature=0.1, bn_splits=4,
-    color_strength=2.0,                 # one tint an image, which is what the jitter removes
+    color_strength=2.0,                 # one tint per image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=2,
 )
@@ -72,7 +72,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.in_chunks
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength)
     x = common.grayscale(x, p=0.2)
     if blur:
@@ -164,7 +164,7 @@ def projector(dim_in, dim):
     return nn.Sequential(nn.Linear(dim_in, dim_in), nn.ReLU(), nn.Linear(dim_in, dim))
 
 def shuffle(x, order):
-    """Deal the images (N / W, ...) of all processes anew, in `order` (N,)."""
+    """Shuffle the images (N / W, ...) of all processes by `order` (N,)."""
     mine = order.chunk(common.WORLD_SIZE)[common.RANK]
     return common.gather(x)[mine]
 

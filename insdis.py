@@ -58,7 +58,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     SMALL, arch="resnet10x0.25", size=24,
     epochs=20, batch_size=64, lr=0.016, optimizer="adamw", schedule="cosine", weight_decay=1e-4,
     warmup_epochs=1, temperature=0.1,
-    color_strength=2.0,                 # one tint an image, which is what the jitter removes
+    color_strength=2.0,                 # one tint per image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=4,
 )
@@ -68,7 +68,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.in_chunks
 def augment(x, strength, gray_first):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     if gray_first:
         x = common.grayscale(x, p=0.2)
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.4 * strength,

@@ -19,7 +19,7 @@ Notation. N images in the global batch.
     tau, m       temperature, ema_momentum                     tau is the momentum in BYOL
 Shuffling: by its batch statistics BN tells which images share a batch. A query could find its key
 by that instead of by what the image shows (v1, A.9: pretext accuracy above 99.9 %, falling kNN), so
-keys are encoded in batches dealt anew. In one process `--bn-splits` makes BN see parts of a batch.
+keys are encoded in shuffled batches. In one process `--bn-splits` makes BN see parts of a batch.
 Once the queue is full of keys the loss is near ln(K + 1), 11.09 for K = 65536, and falls.
 
 Published: ImageNet, ResNet-50, 200 epochs: linear 60.6 % (v1), 67.5 % (v2). Ours: RESULTS.md.
@@ -64,7 +64,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     SMALL, arch="resnet10x0.25", size=24,
     epochs=10, batch_size=64, lr=0.016, optimizer="adamw", weight_decay=1e-4, warmup_epochs=1,
     queue_size=2048, temperature=0.1, bn_splits=4,
-    color_strength=2.0,                 # one tint an image, which is what the jitter removes
+    color_strength=2.0,                 # one tint per image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=2,
 )
@@ -76,7 +76,7 @@ RECIPES.update({f"{name}-v1": dict(recipe, **VERSION_1) for name, recipe in RECI
 
 @common.in_chunks
 def augment(x, version, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     if version == 1:
         x = common.grayscale(x, p=0.2)
         x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.4 * strength,
@@ -128,7 +128,7 @@ def projector(dim_in, version, dim):
     return nn.Sequential(nn.Linear(dim_in, dim_in), nn.ReLU(), nn.Linear(dim_in, dim))
 
 def shuffle(x, order):
-    """Deal the images (N / W, ...) of all processes anew, in `order` (N,)."""
+    """Shuffle the images (N / W, ...) of all processes by `order` (N,)."""
     mine = order.chunk(common.WORLD_SIZE)[common.RANK]
     return common.gather(x)[mine]
 
@@ -166,8 +166,8 @@ def split_batch_norm(model, splits):
 # ------------------------------------------------------------------- loss (v1, equation 1)
 
 def info_nce(q, k, queue, temperature):
-    """A scalar, the mean over the queries. q, k (N, d), queue (K, d), of unit length; the gradient
-    flows into q alone."""
+    """v1, equation 1: a scalar, the mean over the queries. q, k (N, d), queue (K, d), of unit
+    length; the gradient flows into q alone."""
     positive = (q * k.detach()).sum(1, keepdim=True)            # (N, 1)
     negative = q @ queue.detach().T                             # (N, K)
     logits = torch.cat([positive, negative], dim=1) / temperature
@@ -231,7 +231,7 @@ def train(args, device):
         run.finish_step(loss, lr, q, [x1, x2])
 
 def permutation(n, step, shuffled=True):
-    """(n,) the order in which images are dealt in `step`, the same in every process."""
+    """(n,) the order of the keys' images in `step`, the same in every process."""
     if not shuffled:
         return torch.arange(n)
     return torch.randperm(n, generator=torch.Generator().manual_seed(step))
@@ -242,7 +242,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__, RECIPES, argv)
     add = parser.add_argument
     add("--version", type=int, choices=[1, 2],
-        help="1: linear head, first augmentation, rate in steps; 2: MLP head, blur, cosine")
+        help="1: linear head, v1's augmentation, step schedule; 2: MLP head, blur, cosine")
     add("--temperature", type=common.positive, help="softmax temperature")
     add("--ema-momentum", type=common.fraction, help="momentum of the key encoder")
     add("--queue-size", type=common.count, help="number of keys in the queue, K")

@@ -60,7 +60,7 @@ SMALL = dict(                           # official README, CIFAR-10 (B.9 is a Re
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
     epochs=8, batch_size=64, lr=12.0, weight_decay=1e-6, warmup_epochs=0.5, temperature=0.1,
-    color_strength=1.0,                 # one tint an image, which is what the jitter removes
+    color_strength=1.0,                 # one tint per image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=2,
 )
@@ -70,7 +70,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.in_chunks
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, not normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, not normalised."""
     x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
     x = common.grayscale(x, p=0.2)
     if blur:
@@ -196,7 +196,7 @@ def augment_as_listed(x, operations, strength, crop=None):
     return x
 
 def cutout(x, p=0.5):
-    """Fill a square of half the side, anywhere within the image, with grey."""
+    """Fill a square of half the side, anywhere within each image (N, 3, S, S), with grey."""
     place = torch.arange(x.shape[-1], device=x.device) + 0.5
     half = x.shape[-1] / 2
     rows = (place - common.uniform(x, half / 2, 1.5 * half)).abs() < half / 2
@@ -216,7 +216,7 @@ def noise(x, p=0.5, std=0.1):
     return common.on_some(x, p, lambda x: (x + std * torch.randn_like(x)).clamp(0, 1))
 
 def rotate(x, p=0.5):
-    """Turn by 90 degrees and by 180, each with probability p: at 1/2 all turns are as likely."""
+    """Rotate by 90 and by 180 degrees, each with probability p; at 1/2 all turns are as likely."""
     x = common.on_some(x, p, lambda x: x.rot90(1, (2, 3)))
     return common.on_some(x, p, lambda x: x.rot90(2, (2, 3)))
 

@@ -59,7 +59,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     SMALL, arch="resnet10x0.25", size=24,
     epochs=14, batch_size=64, lr=12.0, optimizer="lars", weight_decay=1e-6, warmup_epochs=0.5,
     dim=512, hidden=128, predictor="decayed",              # the constant rate is too high here
-    color_strength=2.0,                 # one tint an image, which is what the jitter removes
+    color_strength=2.0,                 # one tint per image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=2,
 )
@@ -69,7 +69,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.in_chunks
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength)
     x = common.grayscale(x, p=0.2)
     if blur:
@@ -204,9 +204,9 @@ def parse_args(argv=None):
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
     add("--min-scale", type=common.fraction, help="smallest crop area as a fraction of the image")
     add("--no-stop-gradient", dest="stop_gradient", action="store_false",
-        help="let the gradient into z, which collapses (section 4.1)")
+        help="let the gradient flow into z, a collapse (section 4.1)")
     add("--predictor", choices=["trained", "decayed", "fixed", "none"],
-        help="section 4.2; decayed: its rate decays too; none: compare z itself, a collapse")
+        help="section 4.2; decayed: its learning rate decays too; none: z itself, a collapse")
     add("--head-norm", choices=["none", "hidden", "default", "all"],
         help="table 3, where heads have BN: nowhere, in hidden layers, the paper's, everywhere")
     add("--asymmetric", action="store_true", help="predict the second view alone (section 4.6)")

@@ -56,7 +56,7 @@ IMAGENET = dict(                        # ours, not tried
 SHAPES = dict(                          # ours, for a few minutes on two CPU cores
     SMALL, arch="resnet10x0.25", size=24,
     epochs=6, batch_size=64, lr=0.016, optimizer="adamw", warmup_epochs=1,
-    color_strength=2.0,                 # one tint an image, which is what the jitter removes
+    color_strength=2.0,                 # one tint per image, which is what the jitter removes
     min_scale=0.4,                      # smaller crops often miss the object
     knn_every=2,
 )
@@ -66,7 +66,7 @@ RECIPES = dict(shapes=SHAPES, small=SMALL, imagenet=IMAGENET)
 
 @common.in_chunks
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     x = common.color_jitter(x, 0.4 * strength, 0.4 * strength, 0.4 * strength, 0.1 * strength)
     x = common.grayscale(x, p=0.2)
     if blur:

@@ -68,7 +68,7 @@ SHAPES = dict(                          # ours, for a few minutes on two CPU cor
     min_scale=0.4, small_crops=4, small_size=16, small_scale=0.2,
     num_prototypes=30, hidden=256, freeze_epochs=0.5, queue_start=1,
     epsilon=0.02,                       # with 0.05 codes stay near equal shares
-    color_strength=1.0,                 # one tint an image, which is what the jitter removes
+    color_strength=1.0,                 # one tint per image, which is what the jitter removes
     knn_every=2,
 )
 RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET, "imagenet-256": IMAGENET_256}
@@ -77,7 +77,7 @@ RECIPES = {"shapes": SHAPES, "small": SMALL, "imagenet": IMAGENET, "imagenet-256
 
 @common.in_chunks
 def augment(x, strength, blur):
-    """Crops (N, 3, S, S) in 0..1, half of them mirrored -> views, normalised."""
+    """Crops (N, 3, S, S) in 0..1, half of them flipped -> views, normalised."""
     x = common.color_jitter(x, 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
     x = common.grayscale(x, p=0.2)
     if blur:
@@ -117,8 +117,8 @@ class SwAV(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon, iterations):
-    """Equations 3 to 5: the codes (B, K) for scores (B, K), rows that sum to 1 and use all
-    prototypes equally. Sinkhorn-Knopp on the logarithm of Q."""
+    """Equations 3 to 5: the codes (B, K) for float32 scores (B, K). Each row sums to 1, each column
+    to nearly B / K; a small epsilon makes them hard. Sinkhorn-Knopp on the logarithm of Q."""
     log_q = scores / epsilon
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(0, keepdim=True)        # each prototype: an equal share

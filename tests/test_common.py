@@ -422,9 +422,9 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(common.UserError, match="as it was .No space left"):
-            common.write_atomically(path, b"half of the new")
+            common.write_atomically(path, lambda file: file.write(b"half of the new"))
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-    common.write_atomically(path, b"new")
+    common.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 class Evil:

@@ -171,7 +171,7 @@ def test_a_run_without_a_projector_has_no_z_to_evaluate():
      {"1 %": 40.0, "50 %": 80.0}),
     ("cpc_v2-table2", "supervised", dict(task="finetune", rows=[
         dict(labels=0.1, top1=40.0, baseline_top1=20.0)]), {"10 %": 20.0}),
-    ("densecl-lambda", "0.5", dict(task="detect", AP=12.0, AP50=30.0), {"AP": 12.0}),
+    ("densecl-lambda", "dense-weight 0.5", dict(task="detect", AP=12.0, AP50=30.0), {"AP": 12.0}),
     ("simclr-figure8", "none", dict(task="linear", features="h", top1=50.0), {"linear": 50.0}),
     ("simclr-figure8", "none", dict(task="linear", features="z", top1=40.0), {"linear z": 40.0})])
 def test_figures_of_other_evaluations(name, label, answer, expected, here):
