@@ -41,7 +41,7 @@ CIFAR10_OF |= dict(
     cpc_v2="--resize 56 --size 48 --batch-size 32 --lr 16e-3 --ema-momentum 0.99 --epochs 5")
 CIFAR10_OF["swav"] += "--freeze-epochs 0.5 --small-crops 2 --epsilon 0.02 --num-prototypes 100"
 CIFAR10_OF["deepcluster"] += "--small-crops 2 --num-prototypes 100"
-CIFAR10_OF["insdis"] += "--schedule cosine"
+CIFAR10_OF["insdis"] += "--schedule cosine --lr 0.001"
 CIFAR10_OF["cmc"] += "--schedule cosine --negatives 0"
 
 # ============================================================================== the experiments
@@ -419,19 +419,18 @@ def report(name, args, runs):
     if not columns:
         return
     table = []
-    bars = []
-    means = []                                  # {column: mean} of each row
+    results = []                                # {column: (mean, spread, text)} of each row
     for label, (_, _, paper) in entry["rows"].items():
         cells = {column: summary([one[column] for one in found[label] if column in one])
                  for column in columns}
         published = " / ".join("-" if value is None else f"{value:g}" for value in paper)
         texts = {column: text for column, (_, _, text) in cells.items()}
         table.append({key: label, **texts, "paper": published})
-        means.append({column: mean for column, (mean, _, _) in cells.items()})
-        bars.append((label, *cells[columns[0]][:2], paper[0]))
+        results.append(cells)
+    theirs = [paper[0] for _, _, paper in entry["rows"].values()]
     orders = []
     for column in columns if columns[0] == "linear" else columns[:1]:
-        same, pairs = agreement([row[column] for row in means], [bar[3] for bar in bars])
+        same, pairs = agreement([cells[column][0] for cells in results], theirs)
         if pairs and column in (columns[0], "knn"):
             orders.append(f"{column} {same} of {pairs}")
     order = "The paper gives no numbers to compare with."
@@ -443,7 +442,11 @@ def report(name, args, runs):
     print(order, flush=True)
 
     picture = Path("pictures/experiments", f"{key}.png")
-    draw(f"{key}: {columns[0]}", bars, picture)
+    drawn = [column for column in columns if column not in entry["log"]][:2]
+    panels = {column: [cells[column][:2] for cells in results] for column in drawn}
+    if any(theirs):
+        panels["the paper" + f", {columns[0]}" * (len(paper) > 1)] = [(it, 0) for it in theirs]
+    draw(key, list(entry["rows"]), panels, picture)
     day = date.fromtimestamp(max(file.stat().st_mtime for commands in runs.values()
                                  for _, file in commands if file.exists()))
     extra = ["--", *args.extra] if args.extra else []
@@ -467,23 +470,21 @@ def write_section(key, lines):
     text = before + "\n" * (not found) + section + after
     common.write_atomically(path, lambda file: file.write(text.encode()))
 
-def draw(title, bars, path):
-    """Our figures and the paper's, of bars: (label, ours, spread, the paper's)."""
-    labels, ours, spread, theirs = zip(*bars)
+def draw(title, labels, panels, path):
+    """A row for each of the labels. panels: title -> (value or None, spread) of each label."""
     grid = all(", " in label for label in labels)
-    panels = {"ours": ours, "the paper": theirs} if any(theirs) else {"ours": ours}
-    size = (6 * len(panels), 2 + (0.15 if grid else 0.45) * len(bars))
+    size = (5 * len(panels), 2 + (0.15 if grid else 0.45) * len(labels))
     figure, axes = common.pyplot().subplots(1, len(panels), figsize=size, layout="constrained",
                                             squeeze=False)
     figure.suptitle(title)
-    for ax, (name, values) in zip(axes[0], panels.items()):
-        values = np.array(values, float)                        # nan for None
+    for ax, (name, figures) in zip(axes[0], panels.items()):
+        values, spread = np.array(figures, float).T             # nan for None
         ax.set_title(name)
         if grid:
             draw_grid(ax, labels, values)
         else:
-            drawn = ax.barh(labels, values, 0.6, xerr=spread if name == "ours" else None)
-            ax.bar_label(drawn, fmt="%.1f", padding=4)
+            bars = ax.barh(labels, values, 0.6, xerr=spread if spread.any() else None)
+            ax.bar_label(bars, fmt="%.1f", padding=4)
             ax.set_ylim(len(labels) - 0.5, -0.5)                # the first row on top
             ax.margins(x=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
