@@ -202,8 +202,8 @@ def split_batch_norm(model, splits):
 # ------------------------------------------------------------------- loss (MoCo, equation 1)
 
 def info_nce(q, k, queue, temperature):
-    """A scalar, the mean over the queries. q, k (N, d), queue (K, d), of unit length; the gradient
-    flows into q alone."""
+    """MoCo v1, equation 1: a scalar, the mean over the queries. q, k (N, d), queue (K, d), of unit
+    length; the gradient flows into q alone."""
     positive = (q * k.detach()).sum(1, keepdim=True)            # (N, 1)
     negative = q @ queue.detach().T                             # (N, K)
     logits = torch.cat([positive, negative], dim=1) / temperature

@@ -166,7 +166,7 @@ def split_batch_norm(model, splits):
 # ------------------------------------------------------------------- loss (v1, equation 1)
 
 def info_nce(q, k, queue, temperature):
-    """v1, equation 1: a scalar, the mean over the queries. q, k (N, d), queue (K, d), of unit
+    """MoCo v1, equation 1: a scalar, the mean over the queries. q, k (N, d), queue (K, d), of unit
     length; the gradient flows into q alone."""
     positive = (q * k.detach()).sum(1, keepdim=True)            # (N, 1)
     negative = q @ queue.detach().T                             # (N, K)
