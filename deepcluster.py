@@ -25,7 +25,7 @@ Published: ImageNet, ResNet-50, 800 epochs: linear 75.2 % (official README). Our
 Differs: every process keeps the memory of all images (1.3 GB for ImageNet) and clusters a share; an
 image that an epoch left out keeps its embedding. The images' standard deviation is 0.229, there
 0.228 (version 2); GPUs train in bf16, there float32. Version 1 has a ResNet without Sobel's filter,
-spherical k-means and one optimizer; 1 / cluster size weights images, in expectation as sampling.
+spherical k-means and one optimizer; weights, 1 / cluster size, replace even sampling of clusters.
 Usage:  python deepcluster.py    torchrun --nproc_per_node=8 deepcluster.py --data /path/to/imagenet
 """
 import math
