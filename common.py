@@ -164,6 +164,7 @@ def load_folder(directory, split):
     unlabelled = split == "pretrain" and not classes
     if unlabelled and not part.is_dir():
         part = top
+    hint = f"; was it --data {top.parent}?" if top.name in ("train", "val") else ""
     unknown = set(class_folders(part)) - set(classes)
     if unknown and not unlabelled:
         raise UserError(f"--data {directory}: {part / min(unknown)} is not in {top / 'train'}")
@@ -174,10 +175,13 @@ def load_folder(directory, split):
     if not paths:
         where = part if unlabelled else part / "<class>"
         what = "images" if unlabelled or classes else "class folders, and so no labels"
-        raise UserError(f"--data {directory}: no {what}; expected some in {where}")
+        raise UserError(f"--data {directory}: no {what}; expected some in {where}{hint}")
     if unlabelled:
-        hint = f"; was it --data {top.parent}?" if top.name in ("train", "val") else ""
+        if class_folders(part) and not hint:
+            hint = f"; for labels, move the folders of {part} into {top}/train and {top}/val"
         say(f"{directory}: no folders train/<class>, so these are images without labels{hint}")
+    elif split == "pretrain" and not class_folders(top / "val"):
+        say(f"{directory}: no folders val/<class>, so there is no kNN accuracy")
     return Folder(paths, None if unlabelled else labels, classes or None)
 
 def class_folders(part):
@@ -294,12 +298,12 @@ def _start_worker(_):
 
 def note_broken(data, broken):
     """Name each of the images `broken`, indices of this process, once. All processes call it
-    together. Raises UserError when more than 1 % of the data are broken."""
+    together. Raises UserError when more than one and more than 1 % are broken."""
     for i in sum(gather_objects(broken), []):
         if i not in data.broken:
             data.broken.add(i)
             say(f"cannot read {data.paths[i]}: another is used ({len(data.broken)} broken so far)")
-        if len(data.broken) > 0.01 * len(data):
+        if len(data.broken) > max(1, 0.01 * len(data)):
             raise UserError(f"{len(data.broken)} of {len(data)} images cannot be read, more than "
                             f"1 %; the last is {data.paths[i]}")
 
@@ -879,7 +883,7 @@ class Parser(LineParser):
         add("--data", type=data_name, default="shapes", metavar="NAME|DIR",
             help=f"{', '.join(DATA)}, or a directory of images")
         add("--root", default="data", help="folder that holds the named data sets")
-        add("--recipe", choices=list(recipes), help="set of defaults (default: that of --data)")
+        add("--recipe", choices=list(recipes), help="set of defaults; chosen by --data if not given")
         add("--arch", help="resnet10 ... resnet200, with a width: resnet50x2, resnet18x0.25")
         add("--stem", choices=["imagenet", "small"], help="first layer; small: 3x3, no max-pooling")
         add("--size", type=count, help="side of the crops in pixels")
@@ -1238,16 +1242,18 @@ class Run:
         knn = [line["knn"] for line in self.log if "knn" in line]
         pixels = [line["knn_pixels"] for line in self.log if "knn_pixels" in line]
         if pixels:
-            say(f"kNN accuracy {knn[-1]:.1f} % after {self.args.epochs} epochs; untrained "
+            few = self.args.recipe == "few images"
+            of = f" of {len(load_folder(self.args.data, 'val'))} test images" if few else ""
+            say(f"kNN accuracy{of} {knn[-1]:.1f} % after {self.args.epochs} epochs; untrained "
                 f"{knn[0]:.1f} %, pixels {pixels[0]:.1f} %")
             better = [name for name, value in dict(untrained=knn[0], pixels=pixels[0]).items()
                       if value >= knn[-1]]
             if better:
                 say(f"no better than {' and '.join(better)}: try more --epochs or another --lr")
-            few = " --protocol lbfgs" if self.args.recipe == "few images" else ""
+            few = " --protocol lbfgs --sweep" if few else ""
             say(f"next: python evaluate.py linear {self.folder}{few}")
         elif not self.labelled:
-            say(f"there are no labels; next: python evaluate.py neighbours {self.folder}")
+            say(f"no labels to test with; next: python evaluate.py neighbours {self.folder}")
 
     def _draw_views(self, views):
         """A row for each of the first images of the batch: the image, and its views."""
@@ -1283,7 +1289,7 @@ def draw_curves(runs, path, loss="loss"):
                 axes[0, 1].axhline(before[key], linestyle=style, color=f"C{i}", alpha=0.6)
     for ax in axes.flat:
         if not any(len(line.get_xdata()) for line in ax.lines):
-            ax.text(0.5, 0.5, "no figures", ha="center", transform=ax.transAxes)
+            ax.set_title(f"{ax.get_title()}: not drawn")
             ax.set_axis_off()
     axes[0, 0].legend()
     axes[1, 0].set_ylim(bottom=0)

@@ -597,14 +597,14 @@ def compare(args, device):
         if scales:
             curves[label] = [{k: v for k, v in line.items() if k != "loss"} for line in run["log"]]
         rows.append(dict(run=label, **run["figures"]))
-    title = textwrap.fill(f"not drawn: losses differ in scale ({scales})", 40) if scales else "loss"
+    title = textwrap.fill(f"losses differ in scale ({scales})", 40) if scales else "loss"
     picture = Path(args.output or runs[0]["folder"].parent / "compare.png")
     if picture.suffix != ".png":
         raise common.UserError(f"--output {picture}: not the name of a .png file")
     curves = {textwrap.fill(label, 40): log for label, log in curves.items()}
     common.draw_curves(curves, picture, title)
     common.say(f"picture: {picture}")
-    print(f"{len(runs)} runs on {data}: kNN accuracy in percent, minutes of training steps alone")
+    print(f"{len(runs)} runs on {data}: kNN accuracy in percent, minutes of the steps by the clock")
     print_table(rows)
     print(json.dumps(dict(task="compare", data=data, picture=str(picture), rows=rows)), flush=True)
 

@@ -52,7 +52,7 @@ def texture(name, u, v):
     if name == "star":
         return np.sin(8 * (u + v))
     if name == "plus":
-        return (1.6 * np.sin(9 * u) * np.sin(9 * v)).clip(-1, 1)
+        return (1.6 * np.cos(9 * u) * np.cos(9 * v)).clip(-1, 1)
     if name == "ring":
         return np.sin(17 * np.sqrt(u * u + v * v))
     if name == "crescent":

@@ -21,10 +21,9 @@ the two views of another image are not independent negatives, and below 0 it say
 
 Published: ImageNet, ResNet-50: linear 64.5 % after 100 epochs (table 1), 69.3 % after 1000 (table
 6); CIFAR-10: 94.0 % (B.9). Ours: RESULTS.md.
-Differs from the paper: crops are torchvision's, antialiased; convolutions start from fan_out (there
-fan_in). Brightness is a factor, as by default in the code (appendix A adds); contrast blends with
-the mean luma, saturation with the luma (there each channel's mean, and HSV); the blur mirrors the
-border. The official loss is a sum, twice this.
+Differs: crops are torchvision's, antialiased; convolutions start from fan_out (there fan_in).
+Brightness is a factor, as in the code (appendix A adds); contrast blends with the mean luma,
+saturation with the luma (there each channel's, and HSV); the blur mirrors; the loss is half theirs.
 
 Usage:  python simclr.py    torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet
 """
@@ -157,7 +156,7 @@ def train(args, device):
         x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = network(x)                                              # (2N / W, d)
-        # Each process has the loss of the whole batch: DDP's mean of their gradients is exact.
+        # Each has the loss of the whole batch: the gather adds up gradients, DDP's mean is exact.
         z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
         loss = nt_xent(z1, z2, args.temperature)
         if args.loss != "nt-xent":
@@ -279,7 +278,8 @@ def parse_args(argv=None):
     add("--dim", type=common.count, help="dimension of the projection")
     add("--color-strength", type=common.not_negative, help="strength of the colour jitter")
     add("--min-scale", type=common.fraction, help="smallest crop area as a fraction of the image")
-    add("--lr-scaling", choices=["linear", "sqrt"], help="lr * batch / 256 or lr * sqrt(batch) / 4")
+    add("--lr-scaling", choices=["linear", "sqrt"],
+        help="peak: lr * batch / 256, or lr * sqrt(batch) / 4, the same at 4096 and more below")
     add("--augment", metavar="LIST", help=f"instead of appendix A's: {', '.join(OPERATIONS)}")
     add("--asymmetric", action="store_true", help="figure 5: --augment changes one view alone")
     add("--loss", choices=["nt-xent", "unnormalized", "nt-logistic", "margin"],

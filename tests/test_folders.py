@@ -209,6 +209,24 @@ def test_the_pictures_of_a_run_are_no_training_images(photos, tmp_path):
     train(simclr, *args)                        # with as many images as before
     assert len(common.load_data(str(tmp_path), split="pretrain")) == 60
 
+def test_missing_labels_are_explained(folder, capsys):
+    top, _ = folder
+    shutil.rmtree(top / "val")
+    assert len(common.load_data(str(top), split="pretrain")) == 10
+    assert "no folders val/<class>, so there is no kNN accuracy" in capsys.readouterr().err
+    assert common.load_data(str(top / "train"), split="pretrain").labels is None
+    assert f"was it --data {top}?" in capsys.readouterr().err
+    os.rename(top / "train", top / "flowers")           # as if all were given as classes
+    assert len(common.load_data(str(top / "flowers"), split="pretrain")) == 10
+    told = capsys.readouterr().err
+    assert f"move the folders of {top}/flowers into {top}/flowers/train and " in told
+
+def test_one_broken_image_of_few_does_not_stop_a_run():
+    data = common.Folder(["a.jpg", "b.jpg"], [0, 1], ["a", "b"])
+    common.note_broken(data, [0])
+    with pytest.raises(common.UserError, match="2 of 2 images cannot be read"):
+        common.note_broken(data, [1])
+
 def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     assert "no images" in launched_wrongly(capsys, simclr, "--data", tmp_path / "data",
