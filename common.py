@@ -883,7 +883,7 @@ class Parser(LineParser):
         add("--data", type=data_name, default="shapes", metavar="NAME|DIR",
             help=f"{', '.join(DATA)}, or a directory of images")
         add("--root", default="data", help="folder that holds the named data sets")
-        add("--recipe", choices=list(recipes), help="set of defaults; chosen by --data if not given")
+        add("--recipe", choices=list(recipes), help="set of defaults; if missing, chosen by --data")
         add("--arch", help="resnet10 ... resnet200, with a width: resnet50x2, resnet18x0.25")
         add("--stem", choices=["imagenet", "small"], help="first layer; small: 3x3, no max-pooling")
         add("--size", type=count, help="side of the crops in pixels")
@@ -1243,8 +1243,8 @@ class Run:
         pixels = [line["knn_pixels"] for line in self.log if "knn_pixels" in line]
         if pixels:
             few = self.args.recipe == "few images"
-            of = f" of {len(load_folder(self.args.data, 'val'))} test images" if few else ""
-            say(f"kNN accuracy{of} {knn[-1]:.1f} % after {self.args.epochs} epochs; untrained "
+            on = f" on {len(load_folder(self.args.data, 'val'))} test images" if few else ""
+            say(f"kNN accuracy{on} {knn[-1]:.1f} % after {self.args.epochs} epochs; untrained "
                 f"{knn[0]:.1f} %, pixels {pixels[0]:.1f} %")
             better = [name for name, value in dict(untrained=knn[0], pixels=pixels[0]).items()
                       if value >= knn[-1]]

@@ -22,8 +22,8 @@ the two views of another image are not independent negatives, and below 0 it say
 Published: ImageNet, ResNet-50: linear 64.5 % after 100 epochs (table 1), 69.3 % after 1000 (table
 6); CIFAR-10: 94.0 % (B.9). Ours: RESULTS.md.
 Differs: crops are torchvision's, antialiased; convolutions start from fan_out (there fan_in).
-Brightness is a factor, as in the code (appendix A adds); contrast blends with the mean luma,
-saturation with the luma (there each channel's, and HSV); the blur mirrors; the loss is half theirs.
+Brightness is a factor (appendix A adds); contrast blends with the mean luma (there each channel's
+mean), saturation with the luma (there HSV); the blur mirrors the border; theirs is twice this loss.
 
 Usage:  python simclr.py    torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet
 """
@@ -156,7 +156,7 @@ def train(args, device):
         x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = network(x)                                              # (2N / W, d)
-        # Each has the loss of the whole batch: the gather adds up gradients, DDP's mean is exact.
+        # Every process has the whole batch's loss; the gather adds gradients: DDP's mean is exact.
         z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
         loss = nt_xent(z1, z2, args.temperature)
         if args.loss != "nt-xent":

@@ -146,7 +146,7 @@ def train(args, device):
         x1, x2 = x.chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             z = network(x)                                              # (2N / W, d)
-        # Each process has the loss of the whole batch: DDP's mean of their gradients is exact.
+        # Every process has the whole batch's loss; the gather adds gradients: DDP's mean is exact.
         z1, z2 = [common.gather_with_gradient(v) for v in z.float().chunk(2)]   # (N, d)
         y = common.gather(labels[run.indices.to(device, non_blocking=True)])    # (N,)
         loss = supervised_contrastive(z1, z2, y, args.temperature, args.base_temperature,
