@@ -126,9 +126,9 @@ def test_epochs_and_rate_leave_the_baseline_alone(checkpoint, tmp_path, monkeypa
     assert recipes == [(20, 0.01, 0.2), (3, 0.1, 0.1)]
 
 def test_fine_tuning_learns(checkpoint, tmp_path, little_data):
-    result = ask("finetune", checkpoint, "--labels", 1.0, "--epochs", 20, "--lr", 0.3,
+    result = ask("finetune", checkpoint, "--labels", 1.0, "--epochs", 20, "--lr", 0.1,
                  "--subset", "random", "--output", tmp_path)
-    assert result["rows"][0]["top1"] > 20, result
+    assert result["rows"][0]["top1"] > 40, result
 
 def test_fine_tuning_that_diverges(checkpoint, tmp_path, capsys, little_data):
     with pytest.raises(common.UserError, match="diverged.*--lr"):

